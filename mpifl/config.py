@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import inspect
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Table = dict[str, Any]
 
 
 class UserError(ValueError):
@@ -21,3 +32,215 @@ def choice(name: str, allowed: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     raise UserError(f"there is no {what} '{name}'{hint} (allowed: {', '.join(allowed) or 'none'})")
+
+
+@dataclass(frozen=True)
+class Data:
+    """[data] path: a folder, "digits" (embedded), or "package.module:function". made_by: the command that makes it.
+
+    cache_mb: MiB of a rank's clients kept in memory once read.
+    """
+
+    path: str = "digits"
+    made_by: str = ""
+    cache_mb: int = 512
+
+
+@dataclass(frozen=True)
+class Engine:
+    """[engine] name: how clients are trained. check: verify that client works write only to what is theirs."""
+
+    name: Literal["auto", "serial"] = "auto"
+    check: bool = False
+
+
+@dataclass(frozen=True)
+class Comm:
+    """[comm] sum: "exact" gives the same bits on any number of ranks; "float32" halves the uplink of huge models."""
+
+    sum: Literal["exact", "float32"] = "exact"
+
+
+@dataclass(frozen=True)
+class Run:
+    """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
+
+    device: "cpu", "cuda", or "auto". eval_every: rounds between evaluations. metrics: "accuracy" or
+    "package.module:function". nonfinite: what a NaN or infinite update does. memory_mb: MiB of client memory
+    per rank before it spills to mapped files.
+    """
+
+    out: str = ""
+    threads: int = 1
+    device: str = "auto"
+    eval_every: int = 1
+    metrics: tuple[str, ...] = ("accuracy",)
+    nonfinite: Literal["stop", "exclude"] = "stop"
+    memory_mb: int = 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole job. cohort: clients per round (0: all of them). seeds: how many seeds to run, from `seed` on.
+
+    baselines: also train a centralized model and each client alone, for baseline_epochs. name: the job file's.
+    """
+
+    rounds: int
+    model: Table
+    algorithm: Table
+    seed: int = 0
+    cohort: int = 0
+    seeds: int = 1
+    baselines: bool = False
+    baseline_epochs: int = 10
+    data: Data = field(default_factory=Data)
+    engine: Engine = field(default_factory=Engine)
+    comm: Comm = field(default_factory=Comm)
+    run: Run = field(default_factory=Run)
+    name: str = "job"
+
+    def __post_init__(self) -> None:
+        for key, least in (("rounds", 1), ("cohort", 0), ("seeds", 1), ("baseline_epochs", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be at least {least}")
+        for key, value, least in (
+            ("run.threads", self.run.threads, 1),
+            ("run.eval_every", self.run.eval_every, 1),
+            ("data.cache_mb", self.data.cache_mb, 0),
+            ("run.memory_mb", self.run.memory_mb, 0),
+        ):
+            if value < least:
+                raise UserError(f"{key} is {value}; it must be at least {least}")
+        for section in ("model", "algorithm"):
+            if not isinstance(getattr(self, section).get("name"), str):
+                raise UserError(f'[{section}] needs a name, e.g. name = "{_EXAMPLES[section]}"')
+
+
+_EXAMPLES = {"model": "mlp", "algorithm": "fedavg"}
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Job:
+    """Read a job from a TOML file or a table, apply "key.path=value" overrides, and check every key and type."""
+    if isinstance(source, Mapping):
+        table, name = json.loads(json.dumps(source)), str(source.get("name", "job"))
+    else:
+        path = Path(source)
+        table, name = _read(path), path.stem
+    for override in overrides:
+        _override(table, override)
+    return construct(Job, {"name": name} | table, "job")
+
+
+def _read(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
+        hint = f" (there: {', '.join(near)})" if near else ""
+        raise UserError(f"no job file {path}{hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"job file {path} cannot be read: {error.strerror}") from None
+
+
+def _override(table: Table, text: str) -> None:
+    keys, equals, value = text.partition("=")
+    if not equals or not all(keys.split(".")):
+        raise UserError(
+            f"'{text}' is not an override; write key.path=value, e.g. rounds=5 or algorithm.mu=0.1"
+        )
+    *sections, last = keys.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override '{text}': {section} is not a table, so it has no {last}")
+    table[last] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """Read a TOML value; anything that is not one is a string, so that quotes may be left out."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def construct(function: Callable[..., Any], table: Mapping[str, Any], what: str, **given: Any) -> Any:
+    """Call `function` with the options in `table`, checked against its signature, and `given` where it takes them.
+
+    The signature is the schema: names, types and defaults. Raises UserError for an unknown, missing or
+    wrong-typed option, naming `what` and the options there are.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return function(**{**given, **table})
+    options = {name: p for name, p in parameters.items() if name not in given}
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    arguments = {name: value for name, value in given.items() if name in parameters}
+    for name, value in table.items():
+        choice(name, options, f"{what} option" if what != "job" else "job key")
+        arguments[name] = convert(value, hints.get(name, Any), name if what == "job" else f"{what} {name}")
+    missing = [name for name, p in options.items() if p.default is p.empty and name not in arguments]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)} (options: {', '.join(options)})")
+    return function(**arguments)
+
+
+CONVERTERS: dict[Any, Callable[[Any, str], Any]] = {}
+"""Annotation -> (value, where) -> object, for what a table or a number may stand for; filled by build.py."""
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """Return `value` as annotation `kind` wants it, or raise UserError saying what is allowed at `where`."""
+    if kind in CONVERTERS:
+        return CONVERTERS[kind](value, where)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or kind is inspect.Parameter.empty:
+        return value
+    if origin is Literal:
+        return choice(value, inner, f"{where}")
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else convert(value, next(k for k in inner if k is not type(None)), where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(item, inner[0], where) for item in value)
+    if origin is dict or kind is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return construct(kind, value, where)
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where} is {value!r}; it must be {_spoken(kind)}")
+
+
+def _spoken(kind: Any) -> str:
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {words.get(typing.get_args(kind)[0], 'a value')}"
+    return words.get(kind, "a table")
+
+
+def resolved(job: Job) -> Table:
+    """Return the job as a plain table with every default filled in."""
+    return json.loads(json.dumps(dataclasses.asdict(job)))
+
+
+def to_toml(table: Table) -> str:
+    """Write a table of strings, numbers, booleans, lists and tables as TOML that `load` reads back."""
+    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]"] + [f"{k} = {_toml(v)}" for k, v in value.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

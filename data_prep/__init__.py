@@ -1,0 +1,1 @@
+"""Offline converters from files people have to the sharded datasets that mpifl trains on."""

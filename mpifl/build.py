@@ -1,0 +1,182 @@
+"""From names to objects: the one place that turns a job's strings into models, algorithms, optimizers and data."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpifl import optim, schedule
+from mpifl.algorithms.fedavg import fedavg
+from mpifl.algorithms.hypcluster import hypcluster
+from mpifl.algorithms.mime import mime
+from mpifl.algorithms.scaffold import scaffold
+from mpifl.config import CONVERTERS, Job, UserError, choice, construct, convert
+from mpifl.data.batches import blank_columns, to_inputs
+from mpifl.data.memory import MemoryDataset
+from mpifl.data.shard import Dataset, embedded
+from mpifl.measure import Metric, accuracy
+from mpifl.model import Model, cross_entropy, from_module, refuse_changing_buffers
+from mpifl.models.cnn import emnist_conv
+from mpifl.models.linear import logistic, mlp
+from mpifl.optim import Optimizer
+from mpifl.rand import as_tensor
+from mpifl.schedule import Schedule
+from mpifl.work import Algorithm, Batching
+
+ALGORITHMS = {"fedavg": fedavg, "scaffold": scaffold, "mime": mime, "hypcluster": hypcluster}
+MODELS = {"logistic": logistic, "mlp": mlp, "emnist_conv": emnist_conv}
+METRICS = {"accuracy": accuracy}
+LOSSES = {"cross_entropy": cross_entropy}
+SCHEDULES = {"constant": schedule.constant, "step": schedule.step, "cosine": schedule.cosine}
+OPTIMIZERS = {
+    name: getattr(optim, name)
+    for name in [
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adam",
+        "adamw",
+        "adagrad",
+        "yogi",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a job names, built."""
+
+    dataset: Any
+    model: Model
+    algorithm: Algorithm
+    metrics: dict[str, Metric]
+
+
+def build(job: Job) -> Parts:
+    """Build everything a job names; raises UserError for whatever cannot be."""
+    dataset = _dataset(job)
+    model = _model(job, dataset.features)
+    table = dict(job.algorithm)
+    function = named(table.pop("name"), ALGORITHMS, "algorithm")
+    algorithm = construct(function, table, job.algorithm["name"], model=model, seed=job.seed)
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(
+            f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm"
+        )
+    metrics = {_metric_name(name): named(name, METRICS, "metric") for name in job.run.metrics}
+    return Parts(dataset, model, algorithm, metrics)
+
+
+def solo_training(job: Job) -> tuple[Batching, Optimizer]:
+    """Return batches and client optimizer of a job's algorithm, for training without federation."""
+    table = job.algorithm
+    batches = convert(table.get("batches", {"size": 20}), Batching, "algorithm batches")
+    for key in ("client_opt", "base_opt"):
+        if key in table:
+            return batches, convert(table[key], Optimizer, f"algorithm {key}")
+    return batches, optim.sgd(convert(table.get("client_lr", 0.1), Schedule, "algorithm client_lr"))
+
+
+def named(name: str, known: Mapping[str, Any], what: str) -> Any:
+    """Return what `name` stands for: one of `known`, or "package.module:function" of the user's own."""
+    if ":" not in name:
+        return known[choice(name, known, f"{what} (or package.module:function)")]
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise
+        raise UserError(
+            f"{what} '{name}': no module '{module_name}' here ({Path.cwd()}) or beside the job file"
+        ) from None
+    if not hasattr(module, attribute):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        choice(attribute, public, f"{what} in module {module_name}")
+    return getattr(module, attribute)
+
+
+def find_job(path: str) -> Path:
+    """Return the job file: as given, or from the jobs that come with the package ("jobs/NAME.toml")."""
+    if Path(path).exists():
+        return Path(path)
+    here = Path(__file__).parent
+    for shipped in (here / "jobs", here.parent / "jobs"):
+        if Path(path).parts[0] == "jobs" and (shipped / Path(path).name).is_file():
+            return shipped / Path(path).name
+    return Path(path)
+
+
+def allow_modules_beside(path: Path) -> None:
+    """Let "package.module:function" find modules in the job file's folder and in the working directory."""
+    for folder in (str(path.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _dataset(job: Job) -> Any:
+    path = job.data.path
+    if ":" in path:
+        dataset = named(path, {}, "dataset")()
+        return dataset if hasattr(dataset, "features") else MemoryDataset(dataset)
+    if path == "digits":
+        return Dataset(embedded("digits"))
+    if not Path(path).is_dir():
+        how = job.data.made_by or "python -m data_prep --help lists what can be prepared"
+        raise UserError(f"data.path is '{path}', and there is no such folder; make it with: {how}")
+    return Dataset(path)
+
+
+def _model(job: Job, features: dict[str, Any]) -> Model:
+    table = dict(job.model)
+    name, inputs = table.pop("name"), table.pop("inputs", "x")
+    loss = named(table.pop("loss", "cross_entropy"), LOSSES, "loss")
+    function = named(name, MODELS, "model")
+    if inputs not in features:
+        raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
+
+    def factory() -> Any:
+        return construct(function, table, name, features=features)
+
+    with torch.random.fork_rng(devices=[]):
+        made = factory()
+    if isinstance(made, Model):
+        return made
+    model = from_module(factory, loss, inputs)
+    batch = to_inputs(blank_columns(features), features) | {"key": as_tensor(0)}
+    refuse_changing_buffers(factory, batch, inputs)
+    return model
+
+
+def _metric_name(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _optimizer(value: Any, where: str) -> Optimizer:
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise UserError(f'{where} is {value!r}; write a table such as {{name = "sgd", lr = 0.1}}')
+    table = dict(value)
+    name = choice(table.pop("name"), OPTIMIZERS, f"optimizer for {where}")
+    return construct(OPTIMIZERS[name], table, f"{where} {name}")
+
+
+def _schedule(value: Any, where: str) -> Schedule:
+    if isinstance(value, Mapping):
+        table = dict(value)
+        name = choice(table.pop("name", "constant"), SCHEDULES, f"schedule for {where}")
+        return construct(SCHEDULES[name], table, f"{where} {name}")
+    return schedule.constant(convert(value, float, where))
+
+
+CONVERTERS[Optimizer] = _optimizer
+CONVERTERS[Schedule] = _schedule

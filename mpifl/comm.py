@@ -1,0 +1,226 @@
+"""Between server and hosts: the only module that knows MPI.
+
+Upper-case buffer calls only; nothing is pickled. Ranks *arrive* by a non-blocking call that is polled: with a
+growing sleep when a node has more ranks than cores, where MPI's own busy waiting would steal the cores of the
+ranks that train, and without sleep otherwise. `Alone` has the same methods for one process without MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpifl.config import UserError
+
+_PIECE = 1 << 30
+"""Bytes per call: every MPI counts below 2^31, also those without large-count calls."""
+_OPEN_MPI_PIECE = 1 << 20
+"""Open MPI's Reduce is four times faster in pieces of a megabyte; MPICH's in one call."""
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class Alone:
+    """One process: rank 0 of 1. Every collective is a no-op, so the same round runs without MPI."""
+
+    rank, size, local_rank = 0, 1, 0
+    library = "none"
+    bytes_down = bytes_up = 0
+
+    def announce(self, header: np.ndarray) -> None:
+        """Rank 0's small header reaches every rank, which may have waited long for it."""
+
+    def bcast(self, buffer: np.ndarray) -> None:
+        """Rank 0's bytes reach every rank."""
+
+    def scatter(self, table: np.ndarray | None, row: np.ndarray) -> None:
+        """Row r of rank 0's table reaches rank r."""
+        if table is not None:
+            row[:] = table[0]
+
+    def reduce(self, buffer: np.ndarray) -> None:
+        """Rank 0's buffer becomes the sum over ranks."""
+
+    def arrive(self) -> None:
+        """Wait until every rank is here."""
+
+    def gather(self, mine: np.ndarray) -> np.ndarray | None:
+        """Rank 0 gets every rank's bytes, one after the other."""
+        return mine
+
+    def lowest(self, value: int) -> int:
+        """Return the smallest value over ranks, to all of them."""
+        return value
+
+    def share(self, text: str) -> str:
+        """Rank 0's text (at most 4 KiB) reaches every rank."""
+        return text
+
+    def abort(self, status: int) -> None:
+        """End the process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class World:
+    """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once."""
+
+    def __init__(self) -> None:
+        _settings()
+        import mpi4py
+
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+
+        self._MPI, self._world = MPI, MPI.COMM_WORLD
+        launched = _launched()
+        if self._world.size == 1 and launched > 1:
+            raise UserError(
+                f"the launcher started {launched} ranks, but MPI sees each of them alone: mpirun belongs to another "
+                f"MPI than mpi4py found ({MPI.Get_library_version().splitlines()[0].strip(chr(0))}); use the mpirun of "
+                f'this environment (python -m pip install -e ".[mpich]" brings one), or srun --mpi=pmi2 (MPICH) / pmix'
+            )
+        self.rank, self.size = self._world.rank, self._world.size
+        self.library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+        self._reduce_piece = _OPEN_MPI_PIECE if "Open MPI" in self.library else _PIECE
+        node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank = node.rank
+        self.patient = node.size > self._cores(node)
+        node.Free()
+        self.bytes_down = self.bytes_up = 0
+
+    def announce(self, header: np.ndarray) -> None:
+        """Rank 0's small `header` reaches every rank, which may have waited long for it."""
+        self._wait(self._world.Ibcast(header, root=0))
+        self.bytes_down += header.nbytes
+
+    def bcast(self, buffer: np.ndarray) -> None:
+        """Rank 0's `buffer` (contiguous) reaches every rank, which pass one of the same size."""
+        for piece in _pieces(buffer, _PIECE):
+            self._world.Bcast(piece, root=0)
+        self.bytes_down += buffer.nbytes
+
+    def scatter(self, table: np.ndarray | None, row: np.ndarray) -> None:
+        """Row r of rank 0's `table`, (size, width) uint8, reaches rank r's `row`, (width,) uint8."""
+        self._world.Scatter(table, row, root=0)
+        self.bytes_down += row.nbytes * self.size
+
+    def reduce(self, buffer: np.ndarray) -> None:
+        """Rank 0's `buffer` (float64 or float32, contiguous) becomes the sum over ranks, in place.
+
+        Raises TypeError for other dtypes: some MPIs sum 16-bit floats as integers without a word.
+        """
+        if buffer.dtype not in (np.float64, np.float32):
+            raise TypeError(f"only float64 and float32 are summed over ranks, not {buffer.dtype}")
+        self.arrive()
+        MPI = self._MPI
+        for piece in _pieces(buffer, self._reduce_piece):
+            if self.rank == 0:
+                self._world.Reduce(MPI.IN_PLACE, piece, op=MPI.SUM, root=0)
+            else:
+                self._world.Reduce(piece, None, op=MPI.SUM, root=0)
+        self.bytes_up += buffer.nbytes
+
+    def arrive(self) -> None:
+        """Wait until every rank is here, without costing the others a core."""
+        self._wait(self._world.Ibarrier())
+
+    def gather(self, mine: np.ndarray) -> np.ndarray | None:
+        """Rank 0 gets the uint8 arrays of all ranks, concatenated in rank order; the others None."""
+        counts = np.zeros(self.size, dtype=np.int64)
+        counts[self.rank] = mine.nbytes
+        self.arrive()
+        self._world.Allreduce(self._MPI.IN_PLACE, counts, op=self._MPI.SUM)
+        everything = np.empty(int(counts.sum()), dtype=np.uint8) if self.rank == 0 else None
+        receive = None if everything is None else [everything, counts]
+        self._world.Gatherv(np.ascontiguousarray(mine).view(np.uint8).reshape(-1), receive, root=0)
+        self.bytes_up += int(counts.sum())
+        return everything
+
+    def lowest(self, value: int) -> int:
+        """Return the smallest value over ranks, to all of them."""
+        self.arrive()
+        lowest = np.asarray([value], dtype=np.int64)
+        self._world.Allreduce(self._MPI.IN_PLACE, lowest, op=self._MPI.MIN)
+        return int(lowest[0])
+
+    def share(self, text: str) -> str:
+        """Rank 0's text (at most 4 KiB) reaches every rank."""
+        buffer = np.zeros(4096, dtype=np.uint8)
+        encoded = np.frombuffer(text.encode(), dtype=np.uint8)
+        buffer[: len(encoded)] = encoded
+        self.announce(buffer)
+        return buffer.tobytes().rstrip(b"\0").decode()
+
+    def abort(self, status: int) -> None:
+        """End all ranks at once; a rank that merely exits would leave the others waiting for ever."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._world.Abort(status)
+
+    def _wait(self, request: Any) -> None:
+        """Poll in Python, not in MPI: signals are handled while waiting, and a sleep gives the core away."""
+        pause = 20e-6
+        while not request.Test():
+            if self.patient:
+                time.sleep(pause)
+                pause = min(1.5 * pause, 1e-3)
+
+    def _cores(self, node: Any) -> int:
+        """Cores that the ranks of this node may run on together, whatever each of them is bound to."""
+        mine = np.zeros(4096, dtype=np.uint8)
+        mine[[core for core in _affinity() if core < len(mine)]] = 1
+        node.Allreduce(self._MPI.IN_PLACE, mine, op=self._MPI.MAX)
+        return int(mine.sum())
+
+
+def connect() -> World | Alone:
+    """Return the world if a launcher started this process, else Alone (and MPI is not even imported)."""
+    managed = any(name in os.environ for name in (*_SIZES, "PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
+    return World() if managed or _launched() > 1 else Alone()
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher counts, 0 if there is none: for messages before MPI is up."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _launched() -> int:
+    """How many ranks a launcher says it started; 1 if none did."""
+    sizes = [int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit()]
+    # In a batch script's own shell SLURM_NTASKS counts tasks that nobody has started.
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_ID", "").isdigit():
+        sizes.append(int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1))
+    return max(sizes, default=1)
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _settings() -> None:
+    """Settings that MPI reads when it starts; the user's own win."""
+    local = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS") or 1)
+    if local > len(_affinity()):
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
+    fabrics = Path("/sys/class/infiniband")
+    if not (fabrics.is_dir() and any(fabrics.iterdir())):
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # its search for a fabric takes a second at every start
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+
+
+def _pieces(buffer: np.ndarray, size: int) -> list[np.ndarray]:
+    flat = buffer.reshape(-1)
+    count = max(1, size // flat.itemsize)
+    return [flat[start : start + count] for start in range(0, len(flat), count)]

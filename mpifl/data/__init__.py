@@ -1,0 +1,1 @@
+"""Federated datasets on disk and on their way to a model."""

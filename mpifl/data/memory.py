@@ -1,0 +1,105 @@
+"""A federated dataset held in arrays: for tests, notebooks, and generators of synthetic clients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mpifl.config import UserError
+from mpifl.data.shard import Feature
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class MemoryDataset:
+    """The interface of `shard.Dataset` over arrays.
+
+    clients: one dict of columns, (n_i, ...), per client of split "train". test: a dict of columns (a central
+    split) or one dict per client. features: name -> Feature; by default dtype and shape of the arrays.
+    Raises UserError when clients disagree on columns, dtypes or shapes.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Arrays],
+        test: Arrays | Sequence[Arrays] | None = None,
+        features: dict[str, Feature] | None = None,
+    ) -> None:
+        if not clients:
+            raise UserError("a dataset needs at least one client")
+        first = clients[0]
+        self.features = features or {
+            name: Feature(str(array.dtype), array.shape[1:]) for name, array in first.items()
+        }
+        self._clients = {"train": list(clients)}
+        self._central = {"train": False}
+        if test is not None:
+            self._central["test"] = isinstance(test, Mapping)
+            self._clients["test"] = [test] if isinstance(test, Mapping) else list(test)
+        self.splits = tuple(self._clients)
+        self.clients = len(clients)
+        self.path = "memory"
+        self.provenance: dict[str, str] = {}
+        sha = hashlib.sha256()
+        for split, held in self._clients.items():
+            for index, arrays in enumerate(held):
+                self._check(split, index, arrays)
+                for name in sorted(arrays):
+                    sha.update(f"{split} {index} {name} {arrays[name].shape}".encode())
+                    sha.update(np.ascontiguousarray(arrays[name]).tobytes())
+        self.digest = sha.hexdigest()
+        self._all: dict[str, dict[str, np.ndarray]] = {}
+
+    def _check(self, split: str, index: int, arrays: Arrays) -> None:
+        where = f"client {index} of split '{split}'"
+        if set(arrays) != set(self.features):
+            raise UserError(f"{where} has columns {sorted(arrays)}, expected {sorted(self.features)}")
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise UserError(f"{where} has columns of different lengths")
+        for name, array in arrays.items():
+            feature = self.features[name]
+            if str(array.dtype) != feature.dtype or array.shape[1:] != tuple(feature.shape):
+                raise UserError(
+                    f"{where}, column '{name}': {array.dtype} {array.shape[1:]}, "
+                    f"expected {feature.dtype} {tuple(feature.shape)}"
+                )
+
+    def sizes(self, split: str) -> np.ndarray:
+        """Examples per client, (clients,) int64."""
+        return np.asarray(
+            [len(next(iter(arrays.values()))) for arrays in self._clients[split]], dtype=np.int64
+        )
+
+    def client_id(self, split: str, index: int) -> str:
+        """The client's name: here its index."""
+        return str(index)
+
+    def central(self, split: str) -> bool:
+        """Whether the split belongs to no client."""
+        return self._central[split]
+
+    def aligned(self, split: str) -> bool:
+        """Whether the split has the clients of "train"."""
+        return not self._central[split] and len(self._clients[split]) == self.clients
+
+    def total(self, split: str) -> int:
+        """Rows of the split."""
+        return int(self.sizes(split).sum())
+
+    def client(self, split: str, index: int) -> dict[str, np.ndarray]:
+        """Columns of one client, (n_i, ...)."""
+        return dict(self._clients[split][index])
+
+    def rows(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows [start, stop) of all clients one after the other."""
+        if split not in self._all:
+            held = self._clients[split]
+            self._all[split] = {
+                name: np.concatenate([arrays[name] for arrays in held]) for name in self.features
+            }
+        return {name: array[start:stop] for name, array in self._all[split].items()}
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,150 @@
+"""How a program starts and ends on many ranks: agree before starting, and end together, whatever happens.
+
+An exception on one rank would leave the others waiting in MPI for ever (both Open MPI and MPICH): so mistakes
+found before training end all ranks in order, and whatever is raised later aborts the whole job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mpifl import __version__
+from mpifl.comm import Alone, World, connect, launched_rank
+from mpifl.config import UserError
+from mpifl.engine.clock import Clock
+
+T = TypeVar("T")
+
+
+class Elsewhere(Exception):
+    """Another rank failed to start and reports why."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help is printed by rank 0 alone and whose errors are UserErrors."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(add_help=False, **keywords)
+        self.add_argument("-h", "--help", action="store_true", help="show this and exit")
+        self.add_argument("--version", action="store_true", help="show the version and exit")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}; --help lists what there is")
+
+    def read(self, comm: World | Alone, arguments: Sequence[str]) -> argparse.Namespace | None:
+        """Return parsed arguments, or None after help or version was printed."""
+        options = self.parse_intermixed_args(list(arguments))
+        if options.help or options.version:
+            if comm.rank == 0:
+                print(f"mpifl {__version__}" if options.version else self.format_help(), end="\n", flush=True)
+            return None
+        return options
+
+
+def command(
+    body: Callable[[World | Alone, Sequence[str]], None], arguments: Sequence[str] | None = None
+) -> int:
+    """Run a program's body; returns its exit status: 0 done, 1 failed, 2 refused, 130 or 143 interrupted."""
+    comm: World | Alone = Alone()
+    try:
+        comm = connect()
+        signal.signal(signal.SIGTERM, _terminate)
+        body(comm, sys.argv[1:] if arguments is None else arguments)
+        return 0
+    except Elsewhere:
+        return 2
+    except UserError as error:
+        if launched_rank() == comm.rank or comm.size > 1:
+            print(f"mpifl: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt as stop:
+        return interruption(stop)[1]
+    except BrokenPipeError:
+        return 1
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def interruption(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """Return the name and exit status of what interrupted the program."""
+    return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+
+
+def agree(comm: World | Alone, make: Callable[[], T]) -> T:
+    """Return `make()` if it succeeded on every rank; otherwise the lowest failing rank raises its error.
+
+    The others raise Elsewhere, so that every rank ends and only one speaks.
+    """
+    made, error = None, None
+    try:
+        made = make()
+    except (Exception, SystemExit) as raised:
+        error = raised
+    first = comm.lowest(comm.size if error is None else comm.rank)
+    if first == comm.rank and error is not None:
+        raise error
+    if first < comm.size:
+        raise Elsewhere(f"rank {first} could not start")
+    return made
+
+
+@contextmanager
+def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[None]:
+    """Within the block, whatever one rank raises ends the whole job, non-zero, and is reported once."""
+    if comm.size == 1:
+        yield
+        return
+    hook = threading.excepthook
+    threading.excepthook = lambda raised: _end(comm, clock, folder, raised.exc_value)
+    try:
+        yield
+    except BaseException as error:
+        _end(comm, clock, folder, error)
+    finally:
+        threading.excepthook = hook
+
+
+def _end(comm: World | Alone, clock: Clock, folder: Path, error: BaseException | None) -> None:
+    status = 1
+    if isinstance(error, KeyboardInterrupt):
+        name, status = interruption(error)
+        text = f"mpifl: {name} ({clock.where()}); what was written so far is in {folder}"
+    elif isinstance(error, UserError):
+        text = f"mpifl: {error}"
+    else:
+        text = f"mpifl: {clock.where()}:\n{''.join(traceback.format_exception(error))}"
+    if _first_to_report(folder):
+        print(text, file=sys.stderr, flush=True)
+        with open(folder / "failure.txt", "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    else:
+        time.sleep(1.0)  # let the rank that reports finish its sentence
+    comm.abort(status)
+
+
+def _first_to_report(folder: Path) -> bool:
+    """Whether no other rank has reported yet: the same mistake raises on many ranks at once."""
+    try:
+        os.close(os.open(folder / "failure.txt", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,218 @@
+"""A model is a function of one flat vector theta, (P,), and a batch.
+
+`from_module` makes one of any `nn.Module`. Its fast path binds the module's parameters as views into theta
+(nothing is copied, and binding is skipped while the address stays the same); under torch.func transforms the
+same functions go through `functional_call` instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from mpifl.config import UserError
+from mpifl.tree import Tree
+
+Loss = Callable[[Tensor, Tree], Tensor]
+"""(scores (B, ...), batch) -> per-example losses (B,)."""
+
+RESERVED = ("mask", "index", "key")
+"""Batch leaves that are not features: mask (B,) when padded, index (B,) example ids, key () of this step."""
+
+
+@dataclass(eq=False)
+class Model:
+    """Functions of a flat vector; a batch without `key` is evaluation: no dropout, no augmentation.
+
+    size: P. init: seed -> (P,). scores: (theta, batch) -> (B, ...). loss: (scores, batch) -> (B,).
+    """
+
+    size: int
+    init: Callable[[int], Tensor]
+    scores: Callable[[Tensor, Tree], Tensor]
+    loss: Loss
+
+    def losses(self, theta: Tensor, batch: Tree) -> Tensor:
+        """Per-example losses, (B,)."""
+        return self.loss(self.scores(theta, batch), batch)
+
+    def mean_loss(self, theta: Tensor, batch: Tree) -> Tensor:
+        """Masked mean of the losses, ()."""
+        return masked_mean(self.losses(theta, batch), batch)
+
+    def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
+        """Gradient of the mean loss, (P,), a vector of its own at every call, and the mean loss, ()."""
+        if _traced(theta):
+            return grad_and_value(self.mean_loss)(theta, batch)
+        leaf = theta.detach().requires_grad_()
+        loss = self.mean_loss(leaf, batch)
+        return torch.autograd.grad(loss, leaf)[0], loss.detach()
+
+    def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
+        """What is exported: names and tensors."""
+        return {"theta": theta.detach().cpu().clone()}
+
+
+def rows_of(batch: Tree) -> Tensor | int:
+    """Number of examples in a batch that count."""
+    return batch["mask"].sum() if "mask" in batch else len(batch["index"])
+
+
+def masked_mean(values: Tensor, batch: Tree) -> Tensor:
+    """Mean of per-example values, (B,), over the rows that `batch["mask"]` keeps; 0 when it keeps none."""
+    mask = batch.get("mask")
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def cross_entropy(scores: Tensor, batch: Tree) -> Tensor:
+    """Cross entropy of `scores`, (B, classes), against `batch["y"]`, (B,) int64; (B,)."""
+    return F.cross_entropy(scores, batch["y"], reduction="none")
+
+
+def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _trainable(module: nn.Module) -> Tensor:
+    return _flat([p.detach() for p in module.parameters() if p.requires_grad])
+
+
+def _make(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a module with torch's generator seeded, and leave the generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return factory()
+
+
+def from_module(
+    factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x"
+) -> ModuleModel:
+    """Make a Model of the module that `factory` builds; theta holds its trainable parameters.
+
+    loss: (scores, batch) -> (B,). inputs: the batch leaf fed to `forward`. A `forward` that also takes `key`
+    gets the step's key, () int64 (None in evaluation), for its own keyed dropout; for other modules torch's
+    generator is seeded from the key before each training forward. Frozen parameters and buffers are constants.
+    Raises UserError for modules whose buffers change in a training forward (BatchNorm), at construction when
+    recognised by type, else by `refuse_changing_buffers`.
+    """
+    module = _make(factory, seed=0)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"a model factory must return an nn.Module, got {type(module).__name__}")
+    for path, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+            raise UserError(_buffer_refusal(type(module).__name__, path, type(part).__name__))
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise UserError(f"model {type(module).__name__} has no trainable parameter")
+    kinds = {p.dtype for p in named.values()}
+    if len(kinds) > 1:
+        raise UserError(
+            f"model {type(module).__name__} mixes parameter dtypes {sorted(map(str, kinds))}; use one"
+        )
+    return ModuleModel(factory, module, list(named), loss, inputs)
+
+
+def _buffer_refusal(model: str, path: str, kind: str) -> str:
+    return (
+        f"model {model} holds {kind} at '{path}', whose running statistics change in training and are not a "
+        f"function of theta; use GroupNorm or LayerNorm there, or track_running_stats=False"
+    )
+
+
+class ModuleModel(Model):
+    """A Model whose module's trainable parameters are views into the theta it was last called with."""
+
+    def __init__(
+        self, factory: Callable[[], nn.Module], module: nn.Module, names: list[str], loss: Loss, inputs: str
+    ) -> None:
+        parameters = [module.get_parameter(name) for name in names]
+        size = sum(p.numel() for p in parameters)
+        super().__init__(size, lambda seed: _trainable(_make(factory, seed)), self._scores, loss)
+        self.factory, self.module, self.inputs = factory, module, inputs
+        self.takes_key = "key" in inspect.signature(module.forward).parameters
+        self._names, self._parameters = names, parameters
+        self._shapes, self._sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
+        self._address, self._training = 0, module.training
+
+    def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
+        """As Model's, through parameters bound to theta."""
+        if _traced(theta) or theta.requires_grad:
+            return super().grad_and_loss(theta, batch)
+        self._bind(theta)
+        loss = masked_mean(self.loss(self._call(None, batch), batch), batch)
+        return _flat(torch.autograd.grad(loss, self._parameters)), loss.detach()
+
+    def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
+        """The module's own state_dict at theta, buffers and tied weights included, each in storage of its own."""
+        self._bind(theta)
+        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+
+    def _scores(self, theta: Tensor, batch: Tree) -> Tensor:
+        if _traced(theta) or theta.requires_grad:
+            return self._call(self._views(theta), batch)
+        self._bind(theta)
+        with torch.no_grad():
+            return self._call(None, batch)
+
+    def _views(self, theta: Tensor) -> dict[str, Tensor]:
+        parts = zip(self._names, theta.split(self._sizes), self._shapes)
+        return {name: part.view(shape) for name, part, shape in parts}
+
+    def _bind(self, theta: Tensor) -> None:
+        """Make the parameters views into theta; they keep its storage alive, so an address names one vector."""
+        if theta.data_ptr() == self._address:
+            return
+        if theta.device != self._parameters[0].device:
+            self.module.to(theta.device)
+            self._parameters = [self.module.get_parameter(name) for name in self._names]
+        for parameter, part, shape in zip(self._parameters, theta.split(self._sizes), self._shapes):
+            parameter.data = part.view(shape)
+        self._address = theta.data_ptr()
+
+    def _call(self, parameters: dict[str, Tensor] | None, batch: Tree) -> Tensor:
+        key = batch.get("key")
+        if self._training != (key is not None):
+            self._training = key is not None
+            self.module.train(self._training)
+        keywords = {"key": key} if self.takes_key else {}
+        if key is not None and not self.takes_key and not _traced(key):
+            _seed(int(key), key.device)
+        if parameters is None:
+            return self.module(batch[self.inputs], **keywords)
+        return functional_call(self.module, parameters, (batch[self.inputs],), keywords)
+
+
+def _traced(tensor: Tensor) -> bool:
+    """True inside torch.func transforms (vmap, grad)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _seed(key: int, device: torch.device) -> None:
+    """Seed the one generator that a module on `device` draws from (torch.manual_seed costs 100 times as much)."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+    else:
+        torch.default_generator.manual_seed(key)
+
+
+def refuse_changing_buffers(factory: Callable[[], nn.Module], batch: Tree, inputs: str = "x") -> None:
+    """Run one training forward on `batch` and raise UserError if a buffer changed, naming its path."""
+    module = _make(factory, seed=0).train()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    takes_key = "key" in inspect.signature(module.forward).parameters
+    keywords = {"key": batch.get("key")} if takes_key else {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        module(batch[inputs], **keywords)
+    for name, buffer in module.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            path = name.rpartition(".")[0]
+            kind = type(module.get_submodule(path)).__name__
+            raise UserError(_buffer_refusal(type(module).__name__, path, kind))

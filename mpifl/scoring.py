@@ -1,0 +1,81 @@
+"""Scores of a state over the fleet: central splits in fixed blocks, clients one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mpifl.fleet import Fleet
+from mpifl.measure import BLOCK, Metric, means, scoring
+from mpifl.model import Model
+from mpifl.tree import Tree
+from mpifl.work import Algorithm, ClientWork
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The works that score, to be appended to an algorithm's own; every rank builds the same."""
+
+    central: ClientWork
+    clients: ClientWork
+    personal: ClientWork | None
+    split: str
+    client_split: str
+
+    @staticmethod
+    def of(algorithm: Algorithm, model: Model, metrics: dict[str, Metric], dataset: Any) -> Scorer:
+        """Score on split "test" if there is one, else on "train"; a client on its own test rows if it has any."""
+        split = "test" if "test" in dataset.splits else "train"
+        own = "test" if split == "test" and dataset.aligned("test") else "train"
+        personal = algorithm.personal
+        return Scorer(
+            central=scoring(model, metrics, split, "block"),
+            clients=scoring(model, metrics, own, "client"),
+            personal=scoring(model, metrics, own, "client", personal.theta) if personal else None,
+            split=split,
+            client_split=own,
+        )
+
+    @property
+    def works(self) -> tuple[ClientWork, ...]:
+        """All of them."""
+        return (self.central, self.clients) + ((self.personal,) if self.personal else ())
+
+
+def score_central(fleet: Fleet, scorer: Scorer, theta: Tensor) -> dict[str, float]:
+    """Mean loss and metrics of one vector over the central split."""
+    blocks = -(-fleet.host.dataset.total(scorer.split) // BLOCK)
+    return means(fleet.ask(scorer.central, np.arange(blocks), None, {"theta": theta}).stats)
+
+
+def score_state(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> dict[str, float]:
+    """Mean loss and metrics: of the one model, or of every client with the vector that is its own.
+
+    Several models are also scored one by one, as metric/model.
+    """
+    models = algorithm.models(state)
+    scored = {name: score_central(fleet, scorer, theta) for name, theta in models.items()}
+    if scorer.personal is None:
+        return next(iter(scored.values()))
+    each = {f"{metric}/{name}": value for name, of in scored.items() for metric, value in of.items()}
+    return means(_personal(fleet, scorer, algorithm, state).stats) | each
+
+
+def _personal(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> Any:
+    everyone = np.arange(fleet.host.dataset.clients)
+    shared = algorithm.personal.shared(state)
+    for work in algorithm.personal.before:
+        fleet.ask(work, everyone, None, shared)
+    return fleet.ask(scorer.personal, everyone, None, shared)
+
+
+def score_clients(fleet: Fleet, scorer: Scorer, theta: Tensor) -> dict[str, np.ndarray]:
+    """Per-client means of loss and metrics, and `examples`, each (clients scored,), in client order."""
+    _, sums = fleet.rows(scorer.clients, np.arange(fleet.host.dataset.clients), {"theta": theta})
+    examples = sums["examples"]
+    return {"examples": examples} | {
+        name: total / examples for name, total in sums.items() if name not in ("weight", "examples")
+    }

@@ -1,0 +1,340 @@
+"""Train a job: `mpirun -n 9 python -m mpifl.train [jobs/NAME.toml] [key.path=value ...]`, or without mpirun.
+
+Rank 0 is the server, the others host clients; a single process does both.
+"""
+
+from __future__ import annotations
+
+import gc
+
+gc.disable()  # torch makes a million objects that stay: not visiting them halves the start of nine ranks
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpifl.baselines import Baselines
+from mpifl.build import Parts, allow_modules_beside, build, find_job, solo_training
+from mpifl.comm import Alone, World, connect
+from mpifl.config import Job, UserError, load
+from mpifl.console import Console, readable_bytes
+from mpifl.engine.clock import Clock
+from mpifl.engine.host import Host
+from mpifl.engine.store import ClientMemory
+from mpifl.fleet import Fleet, serve
+from mpifl.launch import Parser, agree, all_or_none, command
+from mpifl.rand import fold, sample
+from mpifl.results import RunFolder, Totals, hardware, versions
+from mpifl.scoring import Scorer, score_state
+from mpifl.tree import Tree, digest
+from mpifl.work import Cohort
+
+gc.freeze()
+gc.enable()
+
+DEFAULT_JOB = Path(__file__).parent / "digits.toml"
+
+
+@dataclasses.dataclass
+class Session:
+    """One job on one rank: everything built, nothing started."""
+
+    job: Job
+    comm: World | Alone
+    parts: Parts
+    scorer: Scorer
+    baselines: Baselines | None
+    host: Host
+
+    @staticmethod
+    def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
+        """Build the job's parts and this rank's host."""
+        torch.set_num_threads(job.run.threads)
+        parts = build(job)
+        scorer = Scorer.of(parts.algorithm, parts.model, parts.metrics, parts.dataset)
+        baselines = None
+        if job.baselines:
+            batches, opt = solo_training(job)
+            baselines = Baselines.of(
+                parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split
+            )
+        works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
+        blank = parts.algorithm.memory(parts.model.init(fold(job.seed, "init")))
+        host = Host(
+            works,
+            parts.dataset,
+            ClientMemory(blank, job.run.memory_mb << 20),
+            job.seed,
+            clock,
+            comm.rank,
+            comm.size,
+            _device(job, comm),
+            job.data.cache_mb << 20,
+            exact=job.comm.sum == "exact",
+            check=job.engine.check,
+        )
+        return Session(job, comm, parts, scorer, baselines, host)
+
+    def cohort(self, round: int, fleet: Fleet) -> Cohort:
+        """This round's clients: uniform without replacement, a function of (seed, round)."""
+        dataset, algorithm = self.parts.dataset, self.parts.algorithm
+        sizes = dataset.sizes("train")
+        trained = algorithm.works[-1].batches
+        able = trained.steps_of(sizes) > 0
+        weights = trained.examples_used(sizes) if algorithm.weighting == "examples" else np.ones(len(sizes))
+        ids = sample(
+            fold(self.job.seed, "cohort", round), dataset.clients, self.job.cohort or dataset.clients
+        )
+        return Cohort(round, ids, int(able.sum()), float(weights[able].sum()), fleet.ask)
+
+
+def run(
+    job: str | Path | Mapping[str, Any] | Job,
+    overrides: Sequence[str] = (),
+    comm: World | Alone | None = None,
+    quiet: bool = True,
+) -> dict[str, Any] | None:
+    """Run a job and return its summary; under mpirun every rank calls this, and ranks other than 0 get None.
+
+    job: a path, a table with a job file's keys, or a Job. overrides: "key.path=value". comm: Alone() runs in
+    this process alone even under mpirun. Raises UserError, on every rank, for a job that cannot be run.
+    """
+    comm = comm or connect()
+    clock = Clock(comm.rank)
+    console = Console(quiet or comm.rank > 0)
+    job = agree(comm, lambda: job if isinstance(job, Job) else _load(job, overrides))
+    if job.seeds == 1:
+        return _run_one(job, comm, clock, console)
+    summaries = []
+    for seed in range(job.seed, job.seed + job.seeds):
+        out = f"{job.run.out}/seed-{seed}" if job.run.out else ""
+        one = dataclasses.replace(job, seed=seed, seeds=1, run=dataclasses.replace(job.run, out=out))
+        console.say(f"seed {seed}")
+        summaries.append(_run_one(one, comm, clock, console))
+    return _over_seeds(summaries, console) if comm.rank == 0 else None
+
+
+def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
+    if isinstance(job, Mapping):
+        return load(job, overrides)
+    path = find_job(str(job))
+    allow_modules_beside(path)
+    return load(path, overrides)
+
+
+def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> dict[str, Any] | None:
+    began = time.perf_counter()
+    session = agree(comm, lambda: Session.open(job, comm, clock))
+    folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
+    path = Path(comm.share(str(folder.path) if folder else ""))
+    with all_or_none(comm, clock, path):
+        clock.attach(path / "status" / f"rank-{comm.rank:05d}")
+        if folder is None:
+            serve(comm, session.host)
+            return None
+        console.log_to(path / "log.txt")
+        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say)
+        _introduce(session, console)
+        totals = Totals()
+        state = train(session, fleet, folder, totals, console)
+        summary = _finish(session, fleet, folder, totals, state, began)
+        _conclude(summary, console)
+        return summary
+
+
+def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, console: Console) -> Tree:
+    """Run the rounds; returns the final server state."""
+    job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
+    state = algorithm.init(session.parts.model.init(fold(job.seed, "init")))
+    console.start(job.rounds)
+    clock.lap()
+    lap = time.perf_counter()
+    for round in range(job.rounds):
+        clock.round = round
+        clock.enter("sample")
+        fleet.begin(round)
+        cohort = session.cohort(round, fleet)
+        clock.enter("server")
+        new = algorithm.round(state, cohort)
+        if cohort.latest.count:  # nobody trained: the state stays as it was
+            state = new
+        fleet.accepted = round
+        record = _record(round, cohort, fleet)
+        if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
+            with clock.booked("evaluate"):
+                scores = score_state(fleet, session.scorer, algorithm, state)
+            record["scores"] = {"test_loss": scores.pop("loss"), **scores}
+            fleet.read_traffic()
+        clock.enter("write")
+        lap, before = time.perf_counter(), lap
+        record["seconds"] = clock.lap() | {"total": lap - before}
+        totals.add(record)
+        folder.round(record)
+        console.round(record, job.rounds)
+    console.stop()
+    return state
+
+
+def _record(round: int, cohort: Cohort, fleet: Fleet) -> dict[str, Any]:
+    """What a round did, for metrics.jsonl; bytes are payload at rank 0's MPI calls, evaluation apart."""
+    traffic, latest = fleet.read_traffic(), cohort.latest
+    stats = dict(latest.stats)
+    steps = stats.pop("steps", 0.0)
+    return {
+        "round": round + 1,
+        "loss": stats.pop("loss") / steps if steps and "loss" in stats else None,
+        **stats,
+        "clients": latest.count,
+        "cohort": len(cohort.ids),
+        "examples": traffic.examples,
+        "steps": traffic.steps,
+        "excluded": traffic.excluded,
+        "repeated_asks": traffic.repeats,
+        "bytes_down": traffic.bytes_down,
+        "bytes_up": traffic.bytes_up,
+        "imbalance": traffic.imbalance,
+        "host_seconds": traffic.hosts,
+    }
+
+
+def _finish(
+    session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, state: Tree, began: float
+) -> dict[str, Any]:
+    """Digests, baselines, models and summary; then the hosts may go."""
+    job, parts = session.job, session.parts
+    seconds = time.perf_counter() - began
+    session.host.clock.enter("finish")
+    memory, resident = fleet.memory_digest(), fleet.resident_bytes
+    baselines = {}
+    if session.baselines:
+        theta = parts.model.init(fold(job.seed, "init"))
+        baselines = session.baselines.run(fleet, session.scorer, theta, job.seed)
+    fleet.stop()
+    for name, theta in parts.algorithm.models(state).items():
+        folder.model(name, parts.model.state_dict(theta))
+    summary = {
+        "job": job.name,
+        "seed": job.seed,
+        "digest": digest(state),
+        "memory_digest": memory,
+        "rounds": job.rounds,
+        "seconds": seconds,
+        **totals.summary(),
+        "baselines": baselines,
+        "ranks": session.comm.size,
+        "same_bits": job.comm.sum == "exact",
+        "resident_bytes": resident,
+        "dataset": parts.dataset.digest,
+        "versions": versions(session.comm.library),
+        "hardware": hardware(session.host.device),
+        "out": str(folder.path),
+    }
+    folder.summary(summary)
+    return summary
+
+
+def _introduce(session: Session, console: Console) -> None:
+    """Say in a few lines what is about to run."""
+    job, dataset, model = session.job, session.parts.dataset, session.parts.model
+    hosts = max(1, session.comm.size - 1)
+    where = "this process" if session.comm.size == 1 else f"1 server + {hosts} hosts ({session.comm.library})"
+    sizes = dataset.sizes("train")
+    console.say(
+        f"{job.name}: {job.algorithm['name']} on {dataset.clients} clients, {int(sizes.sum())} examples; "
+        f"{job.model['name']} with {model.size} parameters; {where}"
+    )
+    console.say(
+        f"cohort {min(job.cohort or dataset.clients, dataset.clients)} for {job.rounds} rounds; clients are weighted "
+        f"{'by their examples' if session.parts.algorithm.weighting == 'examples' else 'uniformly'}; seed {job.seed}"
+    )
+    if job.comm.sum != "exact":
+        console.say('comm.sum = "float32": results depend on the number of ranks in their last bits')
+
+
+def _conclude(summary: dict[str, Any], console: Console) -> None:
+    """Print the closing table."""
+    rows = [(name, f"{value:.4f}") for name, value in summary["scores"].items()]
+    rows += [(f"accuracy, {name}", f"{value:.4f}") for name, value in summary["baselines"].items()]
+    phases = sorted(summary["phases"].items(), key=lambda item: -item[1])
+    rows += [
+        ("rounds", f"{summary['rounds']} in {summary['seconds']:.1f} s"),
+        (
+            "rank 0's time",
+            ", ".join(f"{name} {100 * share:.0f} %" for name, share in phases if share >= 0.005),
+        ),
+        (
+            "bytes moved",
+            f"{readable_bytes(summary['bytes_down'])} down, {readable_bytes(summary['bytes_up'])} up",
+        ),
+        ("imbalance", f"{summary['imbalance']:.2f} (busiest host / mean)"),
+        ("digest", summary["digest"]),
+    ]
+    if summary["memory_digest"]:
+        rows.append(("client memory", summary["memory_digest"]))
+    if summary["excluded"]:
+        rows.append(("clients left out", str(summary["excluded"])))
+    console.table([*rows, ("results", summary["out"])])
+
+
+def _over_seeds(summaries: list[dict[str, Any]], console: Console) -> dict[str, Any]:
+    """Mean and sample deviation of every score over seeds."""
+    scores = {name: [s["scores"][name] for s in summaries] for name in summaries[0]["scores"]}
+    spread = {
+        name: {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+        for name, values in scores.items()
+    }
+    console.table(
+        [
+            (f"{name}, {len(summaries)} seeds", f"{s['mean']:.4f} ± {s['deviation']:.4f}")
+            for name, s in spread.items()
+        ]
+    )
+    return {"seeds": summaries, "scores": spread}
+
+
+def _device(job: Job, comm: World | Alone) -> torch.device:
+    """This rank's device: a GPU by its number on the node."""
+    choices = ("auto", "cpu", "cuda")
+    if job.run.device not in choices:
+        raise UserError(f"run.device is '{job.run.device}'; it must be one of {', '.join(choices)}")
+    gpus = torch.cuda.device_count() if job.run.device != "cpu" else 0
+    if job.run.device == "cuda" and not gpus:
+        raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu or auto')
+    return torch.device("cuda", comm.local_rank % gpus) if gpus else torch.device("cpu")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 refused, 1 failed, 130 interrupted."""
+    return command(_command, arguments)
+
+
+def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
+    parser = Parser(
+        prog="python -m mpifl.train",
+        description="Train a federated job, alone or on all ranks of `mpirun -n 9 python -m mpifl.train`.",
+        epilog="With no job, handwritten digits (embedded) are trained by FedAvg. Any key of a job file can be "
+        "given as key.path=value, e.g. rounds=5 run.out=results algorithm.client_opt.lr=0.05.",
+    )
+    parser.add_argument("job", nargs="?", help="a job file, e.g. jobs/mnist_iid.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the job")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    options = parser.read(comm, arguments)
+    if options is None:
+        return
+    words = [word for word in (options.job, *options.overrides) if word]
+    path = DEFAULT_JOB if not words or "=" in words[0] else words.pop(0)
+    if options.dry_run:
+        raise NotImplementedError
+    else:
+        run(path, words, comm, options.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

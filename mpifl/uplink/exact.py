@@ -1,0 +1,269 @@
+"""The exact sum: the same bits whatever rank hosted a client and in whatever order clients were added.
+
+Each weight * value is rounded to a grid, a power of two 2^e per leaf, by float64 `(x + M) - M` with
+M = 1.5 * 2^(e + 52). Grid values below 2^(e + 53) add without rounding, so their sum has no order. The grid
+follows the data: a leaf's `limit` is 2^10 times the largest |weight * value| of the last accepted sum, and
+e leaves room for the cohort. A value beyond the limit, or all of them far below it, makes the server ask
+again with a better grid: a rule of per-client values and cohort size only, so every rank count obeys it alike.
+
+The buffer of one ask is [update U | weight | stats | count | one row per rank], all float64. Row r is filled
+by rank r alone: a sum then gathers what a sum cannot maximise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpifl.tree import Layout, Tree, leaves, unflatten
+from mpifl.work import Sums, Upload
+
+HEADROOM = 10
+"""Bits between the largest value of the last sum and the limit of the next."""
+PRECISION = 22
+"""Bits below the largest value that a grid must resolve, else the server asks again with a finer one."""
+FIRST_UPDATE, FIRST_STATISTIC = 2.0**12, 2.0**20
+"""Limits before anything is known; the first sum mends them if they do not fit."""
+ROW = (
+    "busy",
+    "load",
+    "train",
+    "sum",
+    "steps",
+    "examples",
+    "excluded",
+    "bad_client",
+    "bad_leaf",
+    "over_client",
+    "over_leaf",
+    "resident_bytes",
+    "staged",
+)
+"""What each rank reports beside its peaks; clients as index + 1, 0 for none."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What uploads of one work look like in the Reduce buffer, found by a blank visit."""
+
+    update: Layout
+    stats: Layout
+    ranks: int
+    exact: bool = True
+
+    @staticmethod
+    def of(upload: Upload, ranks: int, exact: bool) -> Wire:
+        """Take names and shapes from an upload."""
+        return Wire(Layout.of(upload.update), Layout.of(upload.stats), ranks, exact)
+
+    @cached_property
+    def size(self) -> int:
+        """U, the number of update elements."""
+        return sum(leaf.size for leaf in self.update.leaves)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Leaves that have a grid each: the update's, the weight, the stats'."""
+        return (
+            [leaf.name for leaf in self.update.leaves]
+            + ["weight"]
+            + [leaf.name for leaf in self.stats.leaves]
+        )
+
+    @cached_property
+    def small(self) -> list[int]:
+        """Elements of weight and of each stats leaf."""
+        return [1] + [leaf.size for leaf in self.stats.leaves]
+
+    @cached_property
+    def tail(self) -> int:
+        """Elements after the update: weight, stats, count and the rows."""
+        return sum(self.small) + 1 + self.ranks * self.row
+
+    @property
+    def row(self) -> int:
+        """Elements of one rank's row."""
+        return len(self.names) + len(ROW)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes one rank sends up."""
+        return self.size * (8 if self.exact else 4) + self.tail * 8
+
+    def first_limits(self) -> np.ndarray:
+        """Limits, (leaves,) float64, for a sum of which nothing is known."""
+        updates = len(self.update.leaves)
+        return np.asarray([FIRST_UPDATE] * updates + [FIRST_STATISTIC] * (len(self.names) - updates))
+
+    def buffers(self) -> list[Tensor]:
+        """Return what is reduced, zeroed: one float64 buffer when exact, else float32 update and float64 rest."""
+        if self.exact:
+            return [torch.zeros(self.size + self.tail, dtype=torch.float64)]
+        return [torch.zeros(self.size), torch.zeros(self.tail, dtype=torch.float64)]
+
+    def parts(self, buffers: list[Tensor]) -> tuple[Tensor, np.ndarray]:
+        """View buffers as (update (U,), rest (T,))."""
+        if self.exact:
+            return buffers[0][: self.size], buffers[0][self.size :].numpy()
+        return buffers[0], buffers[1].numpy()
+
+
+def spacing(limits: np.ndarray, clients: int) -> np.ndarray:
+    """Grid 2^e per leaf such that `clients` values of at most `limits` add exactly."""
+    room = math.ceil(math.log2(max(clients, 1)))
+    return np.exp2(np.ceil(np.log2(limits)) + room - 51)
+
+
+def next_limits(wire: Wire, limits: np.ndarray, peaks: np.ndarray, clients: int) -> np.ndarray:
+    """Limits for the next sum from the largest |weight * value| of this one; a leaf of zeros keeps its own.
+
+    Statistics vary more than updates and need less, so theirs do not shrink while the first limit resolves them.
+    """
+    adapted = np.where(peaks > 0, _adapted(peaks), limits)
+    first = wire.first_limits()
+    statistic = np.arange(len(peaks)) >= len(wire.update.leaves)
+    generous = statistic & (spacing(first, clients) <= peaks * 2.0**-PRECISION)
+    return np.where(generous, np.maximum(adapted, first), adapted)
+
+
+def _adapted(peaks: np.ndarray) -> np.ndarray:
+    return np.exp2(np.ceil(np.log2(np.where(peaks > 0, peaks, 1.0))) + HEADROOM)
+
+
+def fits(limits: np.ndarray, peaks: np.ndarray, clients: int) -> bool:
+    """Whether values with these peaks were within the limits and resolved to PRECISION bits."""
+    # Beyond 2^19 clients the headroom gives way before the precision test could fail for ever.
+    resolved = (spacing(limits, clients) <= peaks * 2.0**-PRECISION) | (limits <= _adapted(peaks))
+    return bool(np.all((peaks <= limits) & ((peaks == 0) | resolved)))
+
+
+@dataclass
+class Accumulator:
+    """Adds uploads of one ask on one rank.
+
+    limits: (leaves,) float64. clients: size of the whole cohort. After the `add`s, `report` completes the rank's
+    row and `buffers` are ready to be reduced.
+    """
+
+    wire: Wire
+    limits: np.ndarray
+    clients: int
+    rank: int
+    peaks: np.ndarray = field(init=False)
+    bad: tuple[int, int] | None = None
+    over: tuple[int, int] | None = None
+    excluded: int = 0
+
+    def __post_init__(self) -> None:
+        wire = self.wire
+        self.buffers = wire.buffers()
+        update, rest = wire.parts(self.buffers)
+        self.peaks = np.zeros(len(wire.names))
+        magic = 1.5 * 2.0**52 * spacing(self.limits, self.clients)
+        updates = len(wire.update.leaves)
+        self._magic = magic[:updates].tolist()
+        self._small_magic = np.repeat(magic[updates:], wire.small)
+        self._small_starts = np.cumsum([0, *wire.small[:-1]])
+        self._parts = update.split([leaf.size for leaf in wire.update.leaves])
+        self._scratch: dict[int, Tensor] = {}
+        self._small = rest[: sum(wire.small)]
+        self._count = rest[sum(wire.small) :]
+
+    def add(self, client: int, upload: Upload) -> bool:
+        """Add one client's upload; returns False, and adds nothing, if any of its numbers is not finite."""
+        values = [leaf.reshape(-1) for _, leaf in leaves(upload.update)]
+        small = torch.cat([_double(upload.weight), *(_double(leaf) for _, leaf in leaves(upload.stats))])
+        small = small.cpu().numpy()
+        weight = float(small[0])
+        peaks = np.asarray(
+            [_largest(value) * abs(weight) for value in values]
+            + np.maximum.reduceat(np.abs(small), self._small_starts).tolist()
+        )
+        if not np.isfinite(peaks).all():
+            self.bad = _first(self.bad, client, int(np.argmin(np.isfinite(peaks))))
+            self.excluded += 1
+            return False
+        self.peaks = np.maximum(self.peaks, peaks)
+        self._count[0] += weight != 0
+        if self.wire.exact:
+            beyond = peaks > self.limits
+            if beyond.any():  # the server will ask again: this sum is not going to be used
+                self.over = _first(self.over, client, int(np.argmax(beyond)))
+                return True
+            for part, value, magic in zip(self._parts, values, self._magic):
+                part.add_(self._rounded(value, weight, magic))
+        else:
+            for part, value in zip(self._parts, values):
+                part.add_(value.cpu(), alpha=weight)
+        self._small += (small + self._small_magic) - self._small_magic
+        return True
+
+    def _rounded(self, value: Tensor, weight: float, magic: float) -> Tensor:
+        scratch = self._scratch.get(len(value))
+        if scratch is None:
+            scratch = self._scratch[len(value)] = torch.empty(len(value), dtype=torch.float64)
+        scratch.copy_(value)
+        if weight != 1.0:
+            scratch.mul_(weight)  # exact: 24 bits times at most 29
+        return scratch.add_(magic).sub_(magic)
+
+    def report(self, **figures: float) -> None:
+        """Fill this rank's row with its peaks and `figures` (names of ROW)."""
+        bad, over = self.bad or (-1, 0), self.over or (-1, 0)
+        figures |= {"excluded": self.excluded, "bad_client": bad[0] + 1, "bad_leaf": bad[1]}
+        figures |= {"over_client": over[0] + 1, "over_leaf": over[1]}
+        row = self._count[1:].reshape(self.wire.ranks, self.wire.row)[self.rank]
+        row[:] = [*self.peaks, *(figures.get(name, 0.0) for name in ROW)]
+
+
+def _double(leaf: Tensor) -> Tensor:
+    return leaf.reshape(-1).to(torch.float64)
+
+
+def _largest(value: Tensor) -> float:
+    """Largest magnitude; NaN or inf if there is one. One pass, where isfinite().all() would take ten times."""
+    if not value.numel():
+        return 0.0
+    low, high = value.aminmax()
+    return max(-float(low), float(high)) if low == low else math.nan
+
+
+def _first(found: tuple[int, int] | None, client: int, leaf: int) -> tuple[int, int]:
+    """Keep the lowest client: all are looked at, so every rank count names the same one."""
+    return (client, leaf) if found is None or client < found[0] else found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The reduced buffers of one ask, read back."""
+
+    sums: Sums
+    peaks: np.ndarray
+    rows: dict[str, np.ndarray]
+
+    def first(self, kind: str) -> tuple[int, int] | None:
+        """Lowest (client, leaf) flagged "bad" or "over" on any rank."""
+        clients, of_leaf = self.rows[f"{kind}_client"], self.rows[f"{kind}_leaf"]
+        flagged = [(int(c) - 1, int(f)) for c, f in zip(clients, of_leaf) if c > 0]
+        return min(flagged, default=None)
+
+
+def decode(wire: Wire, buffers: list[Tensor]) -> Answer:
+    """Read reduced buffers: float64 leaves in the update's shapes, float stats (lists for vectors)."""
+    update, rest = wire.parts(buffers)
+    parts = update.to(torch.float64).split([leaf.size for leaf in wire.update.leaves])
+    tree: Tree = unflatten(
+        {leaf.name: part.view(leaf.shape) for leaf, part in zip(wire.update.leaves, parts)}
+    )
+    weight, *stats = np.split(rest[: sum(wire.small)], np.cumsum(wire.small)[:-1])
+    named = {leaf.name: value.reshape(leaf.shape).tolist() for leaf, value in zip(wire.stats.leaves, stats)}
+    after = rest[sum(wire.small) :]
+    rows = after[1:].reshape(wire.ranks, wire.row)
+    columns = {name: rows[:, len(wire.names) + i] for i, name in enumerate(ROW)}
+    peaks = rows[:, : len(wire.names)].max(axis=0)
+    return Answer(Sums(tree, float(weight[0]), int(after[0]), named), peaks, columns)
