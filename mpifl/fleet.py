@@ -280,7 +280,7 @@ def serve(comm: Any, host: Host) -> None:
 
 def _reduce(comm: Any, host: Host, buffers: list[torch.Tensor]) -> None:
     with host.clock.during("wait"):
-        comm.arrive()
+        comm.arrive()  # here ranks wait patiently for the last one to finish training; Reduce itself is busy
     with host.clock.during("reduce"):
         for buffer in buffers:
             comm.reduce(buffer.numpy())

@@ -29,6 +29,7 @@ from mpifl.engine.host import Host
 from mpifl.engine.store import ClientMemory
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
+from mpifl.plan import PlanFleet, show_plan
 from mpifl.rand import fold, sample
 from mpifl.results import RunFolder, Totals, hardware, versions
 from mpifl.scoring import Scorer, score_state
@@ -309,6 +310,21 @@ def _device(job: Job, comm: World | Alone) -> torch.device:
     return torch.device("cuda", comm.local_rank % gpus) if gpus else torch.device("cpu")
 
 
+def dry_run(path: str | Path, overrides: Sequence[str], comm: World | Alone) -> None:
+    """Print the plan of a job on this many ranks."""
+    job = agree(comm, lambda: _load(path, overrides))
+    session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
+    if comm.rank > 0:
+        return
+    console = Console()
+    _introduce(session, console)
+    fleet = PlanFleet(session.host, comm.size)
+    state = session.parts.algorithm.init(session.parts.model.init(fold(job.seed, "init")))
+    budget = job.data.cache_mb << 20
+    cohort_of = lambda round: session.cohort(round, fleet)  # noqa: E731
+    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, budget, console)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 refused, 1 failed, 130 interrupted."""
     return command(_command, arguments)
@@ -331,7 +347,7 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     words = [word for word in (options.job, *options.overrides) if word]
     path = DEFAULT_JOB if not words or "=" in words[0] else words.pop(0)
     if options.dry_run:
-        raise NotImplementedError
+        dry_run(path, words, comm)
     else:
         run(path, words, comm, options.quiet)
 

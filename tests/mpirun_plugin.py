@@ -1,10 +1,10 @@
 """Runs the tests marked `mpi(ranks=N, timeout=S)` on N ranks, from a plain `python -m pytest`.
 
-The pytest that was started (the parent) hands all tests of one rank count to one `mpirun -n N python -m pytest`
-(the child), because imports cost seconds. The ranks append what happens to one file of JSON lines, and the
-parent merges their reports of a test into one. A test that exceeds its limit, loses a rank, or failed on one
-rank while the others wait for it is reported as failed, with the stacks of all ranks; its child is killed, and
-a fresh one goes on with the rest.
+The pytest that was started (the parent) hands all tests of one rank count to one child,
+`mpirun -n N python -m pytest`, because imports cost seconds. The ranks append what happens to one file of
+JSON lines, and the parent merges their reports of a test into one. A test that exceeds its limit, loses a
+rank, or failed on one rank while the others wait for it is reported as failed, with the stacks of all ranks;
+its child is killed, and a fresh one goes on with the rest.
 """
 
 import faulthandler
@@ -22,15 +22,12 @@ import pytest
 TIME_LIMIT = 60.0  # seconds that a test may take, its fixtures included
 START_LIMIT = 120.0  # seconds that a child may take to import and collect
 GRACE = 5.0  # seconds that the other ranks get to end a test that failed on one rank
-STACKS = (
-    signal.SIGRTMIN + 1
-)  # asks a rank for its stacks; the well-known signals belong to the tested programs
+STACKS = signal.SIGRTMIN + 1  # asks a rank for its stacks; the usual signals belong to the tested programs
 FOLDER = "PYTEST_MPIRUN_FOLDER"  # set in a child: where its ranks write
 
+# This process's rank, None where no mpirun started it.
 RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-RANK = next(
-    (int(os.environ[name]) for name in RANK_NAMES if name in os.environ), None
-)  # None: not under mpirun
+RANK = next((int(os.environ[name]) for name in RANK_NAMES if name in os.environ), None)
 
 
 def ranks_of(item) -> int | None:
@@ -56,7 +53,7 @@ class Rank:
         self.tell("started", None)
 
     def tell(self, what, test, **details):
-        event = {"what": what, "test": test, "rank": RANK, "pid": os.getpid(), "time": time.time(), **details}
+        event = {"what": what, "test": test, "rank": RANK, "pid": os.getpid(), "time": time.monotonic(), **details}
         line = json.dumps({**event, "printed": os.fstat(1).st_size}, default=str)
         os.write(self.events, line.encode() + b"\n")  # in one piece: the ranks share the file
 
@@ -101,7 +98,7 @@ class Parent:
         if not ranks_of(item):
             return None
         if not (self.child and self.child.will_run(item)):
-            self.pytest_sessionfinish()
+            self.close_child()
             rest = item.session.items[item.session.items.index(item) :]
             same = [other for other in rest if ranks_of(other) == ranks_of(item)]
             self.child = Child(self.config, self.start_job, same)
@@ -112,6 +109,9 @@ class Parent:
         return True
 
     def pytest_sessionfinish(self):
+        self.close_child()
+
+    def close_child(self):
         if self.child:
             self.child.close()
 
@@ -121,18 +121,8 @@ class Child:
 
     def __init__(self, config, start_job, items):
         self.config, self.items, self.ranks = config, items, ranks_of(items[0])
-        self.events, self.bytes_read, self.heard = [], 0, time.time()
-        argv = [
-            "-m",
-            "pytest",
-            "-s",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "addopts=",
-            "--rootdir",
-            config.rootpath,
-        ]
+        self.events, self.bytes_read, self.heard = [], 0, time.monotonic()
+        argv = [*"-m pytest -qs -p no:cacheprovider -o addopts= --rootdir".split(), config.rootpath]
         argv += ["-c", config.inipath] if config.inipath else []
         argv += ["--with-mpi"] if config.pluginmanager.hasplugin("pytest_mpi") else []
         given = config.option
@@ -173,7 +163,7 @@ class Child:
                 if line.endswith(b"\n"):
                     self.events.append(self.event(line))
                     self.bytes_read += len(line)
-                    self.heard = time.time()
+                    self.heard = time.monotonic()
 
     def event(self, line) -> dict:
         event = json.loads(line)
@@ -230,7 +220,7 @@ class Child:
         """Why the test can no longer end well."""
         begun, ended = ([e["time"] for e in self.said(what, item).values()] for what in ("begun", "ended"))
         limit = item.get_closest_marker("mpi").kwargs.get("timeout", TIME_LIMIT)
-        now = time.time()
+        now = time.monotonic()
         if not running:
             return f"mpirun ended with status {self.job.process.returncode} before the test did"
         if not begun:
@@ -251,15 +241,13 @@ class Child:
             time.sleep(0.5)
         self.job.end()
         self.listen()
-        sections = [
-            (f"rank {rank}", str(report.longrepr)) for rank, report in self.reports(item) if report.failed
-        ]
+        sections = [(f"rank {r}", str(report.longrepr)) for r, report in self.reports(item) if report.failed]
         sections += [section for rank in range(self.ranks) for section in self.output_of(rank, item)]
         sections += [("mpirun: output", mpirun[-8000:])] if mpirun else []
         states = [f"  rank {rank}: {self.state_of(rank, item, mpirun)}" for rank in range(self.ranks)]
-        begun = min((event["time"] for event in self.said("begun", item).values()), default=time.time())
+        begun = min((event["time"] for event in self.said("begun", item).values()), default=time.monotonic())
         report = partial(pytest.TestReport, item.nodeid, item.location, {})
-        failed = report("failed", "\n".join([trouble, *states]), "call", sections, time.time() - begun)
+        failed = report("failed", "\n".join([trouble, *states]), "call", sections, time.monotonic() - begun)
         return [report("passed", None, "setup"), failed, report("passed", None, "teardown")]
 
     def state_of(self, rank, item, mpirun) -> str:
@@ -275,7 +263,7 @@ class Child:
 
 
 def gravity(report) -> int:
-    """Skip < pass < unexpected pass < expected failure < failure: which rank's report stands for the test."""
+    """Skip < pass < unexpected pass < expected failure < failure: the gravest report stands for the test."""
     if report.failed:
         return 2 if str(report.longrepr).startswith("[XPASS(strict)]") else 4
     if report.skipped:

@@ -1,4 +1,4 @@
-"""Converters and partitions, on sources that the tests write; and on the real files where MPIFL_REAL_DATA has them."""
+"""Converters and partitions, on sources that the tests write, and on real files if MPIFL_REAL_DATA is set."""
 
 import gzip
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.partition import dirichlet, equal_labels, stratified
+from data_prep.partition import _draw, dirichlet, equal_labels, stratified
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset, Feature, embedded
 
@@ -47,13 +47,18 @@ def test_dirichlet_gives_every_example_once_and_equal_sizes(clients, alpha):
 
 
 def test_dirichlet_shares_vary_as_the_distribution_says():
-    # Var of a share: (1/K)(1 - 1/K)/(K alpha + 1) of the Dirichlet, plus E[q(1 - q)]/n of drawing n examples. The first
-    # quarter of the clients draws before any label runs out.
+    # Var of a share: (1/K)(1 - 1/K)/(K alpha + 1) of the Dirichlet, plus E[q(1 - q)]/n of drawing n examples.
+    # The first quarter of the clients draws before any label runs out.
     labels, n, alpha = np.repeat(np.arange(10), 4000), 50, 0.5
     shares = np.array([counts(labels, part) / n for part in dirichlet(labels, 800, alpha, seed=0)[:200]])
     variance = 0.09 / (10 * alpha + 1)
     assert shares.var() == pytest.approx(variance + (0.09 - variance) / n, rel=0.1)
     assert shares.mean(axis=0) == pytest.approx(np.full(10, 0.1), abs=0.03)
+
+
+def test_client_whose_labels_have_run_out_takes_what_is_left():
+    taken = _draw(3, np.array([1.0, 0.0, 0.0]), np.array([1, 2, 0]), np.random.RandomState(0))
+    assert taken.tolist() == [1, 2, 0]
 
 
 def test_partitions_depend_on_the_seed_alone():

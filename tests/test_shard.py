@@ -1,4 +1,4 @@
-"""The shard format: what the writer puts on disk is read with plain h5py, what the reader reads planted."""
+"""The shard format: the tests read with plain h5py what the writer wrote, and plant what the reader reads."""
 
 import fcntl
 import hashlib
@@ -164,7 +164,7 @@ def test_dtypes_and_memory_orders_survive(tmp_path, open_dataset):
     columns = {
         "flags": np.array([True, False, True]),
         "half": np.array([0.5, -1, 2], np.float16),
-        "swapped": np.arange(3, dtype=">i4") * 70000,
+        "swapped": (np.arange(3) * 70000).astype(">i4"),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(3, 2)),
         "strided": np.arange(12, dtype=np.uint16)[::4],
     }
@@ -194,15 +194,23 @@ def test_writer_streams_shard_by_shard_and_copies_what_it_is_given(tmp_path, ope
 
 
 def test_same_input_gives_the_same_bytes_later_elsewhere(tmp_path, open_dataset):
-    digests = []
-    for name in ("one", "a_much_longer_name"):
-        with ShardWriter(tmp_path / name, FEATURES, {"b": 1, "a": 2}, shard_bytes=50) as writer:
-            writer.write("train", clients())
-            writer.central("test", arrays(600))
+    written, digests = [], []
+    for name, pause in (
+        ("one", 0),
+        ("a_much_longer_name", 1.1),
+    ):  # HDF5's times have a resolution of one second
+        time.sleep(pause)
+        turned = (
+            (lambda columns: dict(reversed(columns.items()))) if pause else dict
+        )  # order in a dict has no say
+        with ShardWriter(
+            tmp_path / name, turned(FEATURES), turned({"b": 1, "a": 2}), shard_bytes=50
+        ) as writer:
+            writer.write("train", ((client, turned(columns)) for client, columns in clients()))
+            writer.central("test", turned(arrays(600)))
+        written.append(bytes_of(tmp_path / name))
         digests.append(open_dataset(tmp_path / name).digest)
-        time.sleep(1.1)  # HDF5's times have a resolution of one second
-    one, other = (bytes_of(tmp_path / name) for name in ("one", "a_much_longer_name"))
-    assert one == other and len(one) > 4
+    assert written[0] == written[1] and len(written[0]) > 4
     assert digests[0] == digests[1]
 
 
@@ -275,6 +283,17 @@ def test_first_client_sets_the_columns_when_none_are_given(tmp_path):
     held = [("a", {"v": np.zeros((0, 4), "f4")}), ("b", {"v": np.zeros((2, 5), "f4")})]
     with pytest.raises(UserError, match="client 'b', column 'v'"), ShardWriter(tmp_path / "d") as writer:
         writer.write("train", held)
+
+
+@pytest.mark.parametrize(
+    "rows", [np.zeros((3, 0)), np.zeros(3, np.longdouble), np.zeros(3, complex), np.zeros(())]
+)
+def test_first_column_that_cannot_be_stored_is_named(tmp_path, rows):
+    with (
+        pytest.raises(UserError, match="split 'train', client 'a', column 'v': is"),
+        ShardWriter(tmp_path / "d") as writer,
+    ):
+        writer.write("train", [("a", {"v": rows})])
 
 
 @pytest.mark.parametrize("bad", ["", 7, None, b"bytes", "nul\0", "lone \ud800", "x" * 256])
@@ -421,12 +440,22 @@ def test_every_range_of_rows_is_read_across_shards(planted, open_dataset):
         for stop in range(start, 17):
             if start % 4 == 0:  # also as the first touch
                 fresh = Dataset(planted)
-                assert_same(fresh.rows("train", start, stop), {n: c[start:stop] for n, c in whole.items()})
+                found = fresh.rows("train", start, stop)
+                assert_same(found, {n: c[start:stop] for n, c in whole.items()})
+                assert all(rows.base is None for rows in found.values())  # no view keeps more in memory
                 fresh.close()
     dataset = open_dataset(planted)
     for start in range(17):
         for stop in range(start, 17):
             assert_same(dataset.rows("train", start, stop), {n: c[start:stop] for n, c in whole.items()})
+
+
+def test_central_blocks_are_aligned_with_no_clients(tmp_path, open_dataset):
+    with ShardWriter(tmp_path / "d") as writer:
+        writer.write("train", [("block-000000", arrays(3))])
+        writer.central("test", arrays(3))
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.client_id("test", 0) == "block-000000" and not dataset.aligned("test")
 
 
 def test_indices_outside_the_split_are_errors_not_other_clients(planted, open_dataset):
@@ -484,7 +513,7 @@ def test_what_is_no_dataset_is_refused_at_open(tmp_path):
     assert "index.h5: cannot be read" in refused(tmp_path / "folder")
     with h5py.File(tmp_path / "folder" / "index.h5", "w"):
         pass
-    assert "has format None None" in refused(tmp_path / "folder")
+    assert "is None None, not mpifl-shards 1" in refused(tmp_path / "folder")
 
 
 def test_other_format_version_is_refused_at_open(planted):
@@ -560,6 +589,10 @@ def shift(file):
     file["offsets"][0] = 1
 
 
+def dip(file):
+    file["offsets"][2] = 2
+
+
 def move_border(file):
     file["offsets"][1] += 1
 
@@ -589,6 +622,7 @@ def longer_column(file):
     [
         (reverse, "offsets must start at 0 and never decrease"),
         (shift, "offsets must start at 0 and never decrease"),
+        (dip, "offsets must start at 0 and never decrease"),
         (move_border, "sizes of clients that the index has"),
         (alter_checksum, "not those that the index was written with"),
         (lose_table, "table is missing"),
@@ -610,6 +644,16 @@ def test_damaged_tables_are_found_when_the_shard_is_first_opened(planted, open_d
     with pytest.raises(UserError, match=f"train-00001.h5: .*{problem}") as error:
         dataset.client("train", 4)
     assert one_line(error)
+
+
+@pytest.mark.parametrize(("table", "value"), [("sizes", 5), ("ids", b"c9")])
+def test_altered_index_has_another_digest(planted, open_dataset, table, value):
+    before = Dataset(planted)
+    digest = before.digest
+    before.close()
+    with h5py.File(planted / "index.h5", "r+") as index:
+        index[f"splits/train/{table}"][0] = value
+    assert open_dataset(planted).digest != digest
 
 
 def test_shard_exchanged_for_another_of_the_same_size_is_found(planted, open_dataset):

@@ -5,7 +5,9 @@
     server:  theta   <- theta - server_lr mean_i (theta - theta_i)
              s       <- V(s; c)
 
-U moves with the statistics s held fixed, V moves only the statistics (`Optimizer.step` and `Optimizer.observe`).
+U moves with the statistics s held fixed, V moves only the statistics (`Optimizer.step`, and the
+statistics that `Optimizer.apply` returns). A base optimizer whose second moment starts at 0 (adam, yogi, adagrad) takes a
+huge first step: use fedadam and relatives.
 Both gradients of a step share batch and random key. c and `pseudo_grad` point uphill. All vectors are flat, (P,).
 """
 
@@ -72,7 +74,8 @@ def mime(
         c = cohort.mean(full_gradient, theta=state["theta"])["grad"]
         mean = cohort.mean(train, theta=state["theta"], opt=opt, c=c)
         theta = state["theta"] - server_lr(cohort.round) * mean["pseudo_grad"]
-        return {"theta": theta, "opt": base_opt.observe(c, tree_map(torch.clone, opt))}
+        _, observed = base_opt.apply(state["theta"].clone(), c, tree_map(torch.clone, opt))
+        return {"theta": theta, "opt": observed}
 
     models = lambda state: {"model": state["theta"]}  # noqa: E731
     return Algorithm(init, round, (full_gradient, train), models, weighting=weighting)

@@ -63,7 +63,7 @@ class Feature:
         except TypeError:
             raise UserError(f"there is no dtype '{self.dtype}'; use NumPy's names, e.g. uint8") from None
         if not _plain(dtype) or min(self.shape, default=1) < 1:
-            raise UserError(f"rows of {dtype} {self.shape} cannot be stored; use bool, integers or floats")
+            raise UserError(f"rows of {dtype} {self.shape} cannot be stored; use numbers, sides at least 1")
         scale = (self.mean, self.std)
         if scale != (None, None) and (None in scale or not np.isfinite(scale).all() or self.std <= 0):
             raise UserError(f"mean {self.mean} and std {self.std}: give both or neither, std above 0")
@@ -78,7 +78,7 @@ class ShardWriter:
 
     features: None takes dtypes and shapes from the first client's arrays. provenance: JSON; source, made,
     command, licence. shard_bytes: a shard is closed before its columns exceed this; a client is never cut in
-    two. Memory: one shard, and about 150 bytes per client. Raises UserError naming split, client and column.
+    two. Memory: one shard, and about 200 bytes per client. Raises UserError naming split, client and column.
     """
 
     def __init__(
@@ -302,9 +302,7 @@ class Dataset:
         header = dict(self._index.attrs)
         found = f"{header.get('format')} {header.get('version')}"
         if found != f"{FORMAT} {VERSION}":
-            raise UserError(
-                f"{path} has format {found}, not {FORMAT} {VERSION}; update mpifl or convert it again"
-            )
+            raise UserError(f"{path} is {found}, not {FORMAT} {VERSION}; update mpifl or convert again")
         try:
             self.features = {name: Feature(**spec) for name, spec in json.loads(header["features"]).items()}
             self.provenance = json.loads(header["provenance"])

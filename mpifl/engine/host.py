@@ -138,6 +138,10 @@ class Host:
         self.clock.visit(-1)
         return np.asarray(ids, dtype=np.int64), np.asarray(rows, dtype=np.float64).reshape(len(ids), width)
 
+    def blank_client(self, examples: int, given: Tree | None = None) -> Client:
+        """A client without a past, for visits that only find shapes or sizes."""
+        return self._client(-1, 0, examples, given or {})._replace(scratch=self._blank_scratch)
+
     def _visit(self, work: ClientWork, shared: Tree, id: int, given: Tree) -> tuple[Upload | None, int, int]:
         """Run one client; returns (upload, examples, steps), upload None for a client without a batch."""
         batching = work.batches
@@ -175,7 +179,7 @@ class Host:
         chosen = self.works[work]
         one_batch = replace(chosen.batches, size=0, epochs=1, steps=1, drop_last=False, shuffle=False)
         columns = {k: v.to(self.device) for k, v in blank_columns(self.dataset.features).items()}
-        client = self._client(-1, 0, 2, tree_map(self._zeros, given))._replace(scratch=self._blank_scratch)
+        client = self.blank_client(2, tree_map(self._zeros, given))
         stream = batches(
             columns, self.dataset.features, replace(one_batch, max_examples=None, max_steps=None), 0
         )

@@ -1,0 +1,151 @@
+"""The plan of a job, without training: its real rounds run over a fleet whose ranks only count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from mpifl.console import Console, readable_bytes
+from mpifl.data.batches import batches, blank_columns
+from mpifl.engine.host import Ask, Host, resident_bytes
+from mpifl.fleet import Fleet
+from mpifl.measure import BLOCK
+from mpifl.tree import Tree, leaves
+from mpifl.work import Algorithm, ClientWork, Cohort
+
+
+class CountingComm:
+    """Looks like a world of `size` ranks, counts the bytes that would move, and moves none."""
+
+    rank, local_rank, library = 0, 0, "none"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.bytes_down = self.bytes_up = 0
+
+    def announce(self, header: np.ndarray) -> None:
+        """Count what every rank would receive."""
+        self.bytes_down += header.nbytes if self.size > 1 else 0
+
+    bcast = announce
+
+    def scatter(self, table: np.ndarray, row: np.ndarray) -> None:
+        """Count a table."""
+        self.announce(table)
+        row[:] = table[0]
+
+    def reduce(self, buffer: np.ndarray) -> None:
+        """Count what would be summed."""
+        self.bytes_up += buffer.nbytes if self.size > 1 else 0
+
+    def arrive(self) -> None:
+        """Nobody to wait for."""
+
+
+@dataclass
+class Planned:
+    """One round as planned: clients and steps of each rank, and bytes at rank 0's MPI calls."""
+
+    clients: np.ndarray
+    steps: np.ndarray
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass
+class Sizes:
+    """Largest buffers, in bytes, that asks needed so far, and the last ask."""
+
+    down: int = 0
+    wire: int = 0
+    ask: Ask | None = field(default=None)
+
+
+class PlanFleet(Fleet):
+    """A Fleet that asks nobody and notes who would have been asked."""
+
+    def __init__(self, host: Host, ranks: int) -> None:
+        host.ranks = ranks
+        super().__init__(CountingComm(ranks), host)
+        host.answer = self._answer
+        self.sizes = Sizes()
+
+    def plan(self, algorithm: Algorithm, state: Tree, cohort: Cohort) -> Planned:
+        """Plan one round."""
+        self.planned = Planned(np.zeros(self.comm.size, np.int64), np.zeros(self.comm.size, np.int64))
+        self.begin(cohort.round)
+        algorithm.round(state, cohort)
+        traffic = self.read_traffic()
+        return replace(self.planned, bytes_down=traffic.bytes_down, bytes_up=traffic.bytes_up)
+
+    def _place(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
+        home = super()._place(work, ids)
+        steps = work.batches.steps_of(self.host.source.examples(work.batches)[ids])
+        ranks = self.comm.size
+        ran = np.bincount(home, weights=steps > 0, minlength=ranks).astype(np.int64)
+        self.planned.clients = np.maximum(self.planned.clients, ran)
+        self.planned.steps += np.bincount(home, weights=steps, minlength=ranks).astype(np.int64)
+        return home
+
+    def _answer(self, ask: Ask) -> list[Tensor]:
+        wire = self.host.wire(ask.work, ask.shared, {k: v.new_zeros(v.shape[1:]) for k, v in ask.given.items()})
+        shared = sum(leaf.nbytes for _, leaf in leaves(ask.shared))
+        self.sizes = Sizes(max(self.sizes.down, shared), max(self.sizes.wire, wire.bytes), ask)
+        return wire.buffers()
+
+
+def expected_memory(fleet: PlanFleet, state: Tree, budget: int) -> tuple[int, int]:
+    """Return expected resident bytes of (rank 0, a host).
+
+    Measured as far as possible: what this process holds after one real step of the job's batch size on zeros;
+    then a round's buffers, and the data and client memory that a host will keep.
+    """
+    host, sizes = fleet.host, fleet.sizes
+    hosts = max(1, fleet.comm.size - 1)
+    _one_step(host, sizes.ask)
+    base = resident_bytes() + sizes.down + 2 * sizes.wire  # MPI's temporary is as large as what it sums
+    row = sum(np.dtype(f.dtype).itemsize * int(np.prod(f.shape)) for f in host.dataset.features.values())
+    stored = sum(host.dataset.total(split) for split in host.dataset.splits) * row
+    kept = host.memory.layout.bytes * host.dataset.clients
+    own = min(budget, stored // hosts) + kept // hosts
+    server = 2 * sum(leaf.nbytes for _, leaf in leaves(state))
+    return base + server + (own if fleet.comm.size == 1 else 0), base + own
+
+
+def _one_step(host: Host, ask: Ask) -> None:
+    work = host.works[ask.work]
+    rows = work.batches.size or BLOCK
+    stored = {name: column.to(host.device) for name, column in blank_columns(host.dataset.features, rows).items()}
+    client = host.blank_client(rows)
+    carry = work.start(ask.shared, client)
+    for batch in batches(stored, host.dataset.features, replace(work.batches, epochs=1, steps=1), 0):
+        carry = work.step(ask.shared, client, carry, batch)
+
+
+def show_plan(
+    fleet: PlanFleet,
+    algorithm: Algorithm,
+    state: Tree,
+    cohort_of: Callable[[int], Cohort],
+    rounds: int,
+    budget: int,
+    console: Console,
+) -> None:
+    """Print what each rank will do in the first two rounds, and what that moves and holds."""
+    planned = [fleet.plan(algorithm, state, cohort_of(round)) for round in range(min(2, rounds))]
+    for number, plan in enumerate(planned, 1):
+        per_rank = ", ".join(f"{rank}: {c} ({s})" for rank, (c, s) in enumerate(zip(plan.clients, plan.steps)))
+        console.say(f"round {number}: clients (steps) by rank  {per_rank}")
+        console.say(
+            f"round {number}: {plan.clients.sum()} clients, {plan.steps.sum()} steps, "
+            f"{plan.bytes_down} bytes down, {plan.bytes_up} bytes up"
+        )
+    server, host = expected_memory(fleet, state, budget)
+    if fleet.comm.size == 1:
+        console.say(f"memory: about {readable_bytes(server)} in this process")
+    else:
+        console.say(f"memory: about {readable_bytes(server)} on rank 0, {readable_bytes(host)} on each host")
+    console.say("bytes are of training; the first round also describes its layout, and evaluation comes on top")
