@@ -50,9 +50,7 @@ def summary(path: Path) -> str:
             continue
         sizes = dataset.sizes(split)
         labels = [len(np.unique(dataset.client(split, index)["y"])) for index in range(len(sizes))]
-        lines.append(
-            line + f"{len(sizes):,} clients; {_spread('size', sizes)}; {_spread('labels per client', labels)}"
-        )
+        lines.append(line + f"{len(sizes):,} clients; {_spread('size', sizes)}; {_spread('labels per client', labels)}")
     dataset.close()
     return "\n".join(lines)
 
@@ -79,9 +77,7 @@ def _parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument(
-            "--out", required=True, type=Path, metavar="DIR", help="folder of the dataset, to be made"
-        )
+        command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset, to be made")
         module.add_arguments(command)
     return parser
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from data_prep.partition import dirichlet, stratified
 from mpifl.config import UserError
-from mpifl.data.shard import Feature, ShardWriter
+from mpifl.data.shard import Feature
+from mpifl.data.writer import ShardWriter
 
 CLIENTS, ALPHA, TEST, SEED = 100, 0.5, 360, 0
 FEATURES = {"x": Feature("uint8", (8, 8), mean=0.0, std=16.0), "y": Feature("uint8", (), classes=10)}

@@ -21,7 +21,8 @@ import numpy as np
 
 from data_prep.partition import equal_labels
 from mpifl.config import UserError
-from mpifl.data.shard import Feature, ShardWriter
+from mpifl.data.shard import Feature
+from mpifl.data.writer import ShardWriter
 
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FEATURES = {"x": Feature("uint8", (28, 28), mean=0.0, std=255.0), "y": Feature("uint8", (), classes=10)}

@@ -45,9 +45,7 @@ def equal_labels(labels: np.ndarray, clients: int, per_label: int, seed: int) ->
     for pool in _shuffled_by_label(labels, random):
         if len(pool) < clients * per_label:
             found = f"label {labels[pool[0]]} has {len(pool)} examples"
-            raise UserError(
-                f"{found}, {clients} clients x {per_label} need more; lower --clients or --per-label"
-            )
+            raise UserError(f"{found}, {clients} clients x {per_label} need more; lower --clients or --per-label")
         shares.append(pool[: clients * per_label].reshape(clients, per_label))
     return list(np.sort(np.concatenate(shares, axis=1), axis=1))
 

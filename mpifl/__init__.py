@@ -21,7 +21,7 @@ _HOMES = {
     "from_module": "model",
     "Dataset": "data.shard",
     "Feature": "data.shard",
-    "ShardWriter": "data.shard",
+    "ShardWriter": "data.writer",
     "MemoryDataset": "data.memory",
 }
 __all__ = sorted(_HOMES)

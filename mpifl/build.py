@@ -70,9 +70,7 @@ def build(job: Job) -> Parts:
     function = named(table.pop("name"), ALGORITHMS, "algorithm")
     algorithm = construct(function, table, job.algorithm["name"], model=model, seed=job.seed)
     if not isinstance(algorithm, Algorithm):
-        raise UserError(
-            f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm"
-        )
+        raise UserError(f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm")
     metrics = {_metric_name(name): named(name, METRICS, "metric") for name in job.run.metrics}
     return Parts(dataset, model, algorithm, metrics)
 

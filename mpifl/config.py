@@ -148,9 +148,7 @@ def _read(path: Path) -> Table:
 def _override(table: Table, text: str) -> None:
     keys, equals, value = text.partition("=")
     if not equals or not all(keys.split(".")):
-        raise UserError(
-            f"'{text}' is not an override; write key.path=value, e.g. rounds=5 or algorithm.mu=0.1"
-        )
+        raise UserError(f"'{text}' is not an override; write key.path=value, e.g. rounds=5 or algorithm.mu=0.1")
     *sections, last = keys.strip().split(".")
     for section in sections:
         table = table.setdefault(section, {})

@@ -107,19 +107,13 @@ class Fleet:
         self.traffic.excluded += int(answer.rows["excluded"].sum())
         return answer.sums
 
-    def rows(
-        self, work: ClientWork, ids: np.ndarray, shared: Tree
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def rows(self, work: ClientWork, ids: np.ndarray, shared: Tree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return (ids (n,), {"weight": (n,), stat: (n,)}) per client that ran `work`, in order of id, unsummed."""
         index = self._index(work)
         wire = self.host.wire(index, shared, {})
         home = self._place(work, ids)
         ask = self._send(_ROWS, index, ids, home, {}, shared, wire.first_limits())
-        gathered = (
-            self.comm.gather(_pack_rows(*self.host.rows(ask)))
-            .view(np.float64)
-            .reshape(-1, 1 + sum(wire.small))
-        )
+        gathered = self.comm.gather(_pack_rows(*self.host.rows(ask))).view(np.float64).reshape(-1, 1 + sum(wire.small))
         gathered = gathered[np.argsort(gathered[:, 0], kind="stable")]
         names = ["weight", *(leaf.name for leaf in wire.stats.leaves)]
         columns = np.split(gathered[:, 1:], np.cumsum(wire.small)[:-1], axis=1)

@@ -56,9 +56,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
-def command(
-    body: Callable[[World | Alone, Sequence[str]], None], arguments: Sequence[str] | None = None
-) -> int:
+def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Run a program's body; returns its exit status: 0 done, 1 failed, 2 refused, 130 or 143 interrupted."""
     comm: World | Alone = Alone()
     try:

@@ -92,9 +92,7 @@ def _make(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
         return factory()
 
 
-def from_module(
-    factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x"
-) -> ModuleModel:
+def from_module(factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x") -> ModuleModel:
     """Make a Model of the module that `factory` builds; theta holds its trainable parameters.
 
     loss: (scores, batch) -> (B,). inputs: the batch leaf fed to `forward`. A `forward` that also takes `key`
@@ -114,9 +112,7 @@ def from_module(
         raise UserError(f"model {type(module).__name__} has no trainable parameter")
     kinds = {p.dtype for p in named.values()}
     if len(kinds) > 1:
-        raise UserError(
-            f"model {type(module).__name__} mixes parameter dtypes {sorted(map(str, kinds))}; use one"
-        )
+        raise UserError(f"model {type(module).__name__} mixes parameter dtypes {sorted(map(str, kinds))}; use one")
     return ModuleModel(factory, module, list(named), loss, inputs)
 
 

@@ -255,17 +255,13 @@ def yogi(
     return _optimizer(rule, lr, weight_decay, clip_norm)
 
 
-def adagrad(
-    lr: Schedule, eps: float = 1e-10, weight_decay: float = 0.0, clip_norm: float | None = None
-) -> Optimizer:
+def adagrad(lr: Schedule, eps: float = 1e-10, weight_decay: float = 0.0, clip_norm: float | None = None) -> Optimizer:
     """Adagrad (Duchi et al. 2011), as in torch: v <- v + g^2, from 0; direction = g / (sqrt(v) + eps)."""
     rule = _adaptive(_adagrad_growth, beta1=0.0, beta2=0.0, eps=_positive("eps", eps))
     return _optimizer(rule, lr, weight_decay, clip_norm)
 
 
-def fedavgm(
-    lr: Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip_norm: float | None = None
-) -> Optimizer:
+def fedavgm(lr: Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip_norm: float | None = None) -> Optimizer:
     """FedAvgM's server (Hsu et al. 2019): m <- beta m + g; direction = m."""
     return _optimizer(_heavy_ball(_beta("beta", beta)), lr, weight_decay, clip_norm)
 

@@ -28,9 +28,7 @@ class RunFolder:
             self.path = _free(self.path)
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(
-                    f"run.out is '{name}', which already exists; remove it or choose another run.out"
-                )
+                raise UserError(f"run.out is '{name}', which already exists; remove it or choose another run.out")
             (self.path / "status").mkdir(parents=True)
         except OSError as error:
             raise UserError(f"run.out is '{name}', which cannot be written: {error.strerror}") from None
@@ -57,9 +55,7 @@ class Totals:
     """Adds up the records of all rounds."""
 
     def __init__(self) -> None:
-        self.sums = dict.fromkeys(
-            ("examples", "steps", "bytes_down", "bytes_up", "excluded", "repeated_asks"), 0
-        )
+        self.sums = dict.fromkeys(("examples", "steps", "bytes_down", "bytes_up", "excluded", "repeated_asks"), 0)
         self.phases: dict[str, float] = {}
         self.imbalances: list[float] = []
         self.scores: dict[str, float] = {}

@@ -62,9 +62,7 @@ class Session:
         baselines = None
         if job.baselines:
             batches, opt = solo_training(job)
-            baselines = Baselines.of(
-                parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split
-            )
+            baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split)
         works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
         blank = parts.algorithm.memory(parts.model.init(fold(job.seed, "init")))
         host = Host(
@@ -89,9 +87,7 @@ class Session:
         trained = algorithm.works[-1].batches
         able = trained.steps_of(sizes) > 0
         weights = trained.examples_used(sizes) if algorithm.weighting == "examples" else np.ones(len(sizes))
-        ids = sample(
-            fold(self.job.seed, "cohort", round), dataset.clients, self.job.cohort or dataset.clients
-        )
+        ids = sample(fold(self.job.seed, "cohort", round), dataset.clients, self.job.cohort or dataset.clients)
         return Cohort(round, ids, int(able.sum()), float(weights[able].sum()), fleet.ask)
 
 
@@ -291,10 +287,7 @@ def _over_seeds(summaries: list[dict[str, Any]], console: Console) -> dict[str, 
         for name, values in scores.items()
     }
     console.table(
-        [
-            (f"{name}, {len(summaries)} seeds", f"{s['mean']:.4f} ± {s['deviation']:.4f}")
-            for name, s in spread.items()
-        ]
+        [(f"{name}, {len(summaries)} seeds", f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in spread.items()]
     )
     return {"seeds": summaries, "scores": spread}
 

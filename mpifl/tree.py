@@ -122,9 +122,7 @@ class Layout:
 
     def views(self, buffer: Tensor) -> Tree:
         """Return the tree whose leaves are views into `buffer`, (bytes,) uint8."""
-        return unflatten(
-            {f.name: buffer[f.start : f.start + f.bytes].view(f.dtype).view(f.shape) for f in self.leaves}
-        )
+        return unflatten({f.name: buffer[f.start : f.start + f.bytes].view(f.dtype).view(f.shape) for f in self.leaves})
 
     def pack(self, tree: Tree, buffer: Tensor) -> Tensor:
         """Copy the leaves of `tree` into `buffer`, (bytes,) uint8, and return it."""

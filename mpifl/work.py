@@ -147,9 +147,7 @@ class Cohort:
         """W_S / W over counted clients."""
         return self.latest.weight / self.total_weight
 
-    def sum(
-        self, work: ClientWork, given: Tree | None = None, ids: Sequence[int] | None = None, **shared: Any
-    ) -> Sums:
+    def sum(self, work: ClientWork, given: Tree | None = None, ids: Sequence[int] | None = None, **shared: Any) -> Sums:
         """Ask every client of the cohort (or of `ids`) to do `work`; shared: the tensors all of them see.
 
         given: leaves of shape (C, ...), row i for the i-th id.

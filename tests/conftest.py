@@ -36,16 +36,16 @@ MPI_SETTINGS = {
     "OMPI_MCA_osc": "^ucx",  # it prints a warning per rank and window
 }
 
-# Linux sends SIGTERM to the command when pytest itself dies, however it dies: PR_SET_PDEATHSIG is 1.
-DIE_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-)
+# Linux sends SIGTERM (15) to the command when pytest itself dies, however it dies: PR_SET_PDEATHSIG (1).
+DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "mpi(ranks, timeout=60): runs on so many ranks, for at most so many seconds"
-    )
+    config.addinivalue_line("markers", "mpi(ranks, timeout=60): runs on so many ranks, for at most so many seconds")
     config.addinivalue_line("markers", "launches: starts mpirun itself, with the fixture `launch`")
     if IS_CHILD:
         config.pluginmanager.register(mpirun_plugin.Rank(config))

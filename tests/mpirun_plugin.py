@@ -53,9 +53,10 @@ class Rank:
         self.tell("started", None)
 
     def tell(self, what, test, **details):
-        event = {"what": what, "test": test, "rank": RANK, "pid": os.getpid(), "time": time.monotonic(), **details}
-        line = json.dumps({**event, "printed": os.fstat(1).st_size}, default=str)
-        os.write(self.events, line.encode() + b"\n")  # in one piece: the ranks share the file
+        event = {"what": what, "test": test, "rank": RANK, "pid": os.getpid(), **details}
+        event |= {"time": time.monotonic(), "printed": os.fstat(1).st_size}
+        line = json.dumps(event, default=str) + "\n"
+        os.write(self.events, line.encode())  # in one piece: the ranks share the file
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item):
@@ -122,7 +123,17 @@ class Child:
     def __init__(self, config, start_job, items):
         self.config, self.items, self.ranks = config, items, ranks_of(items[0])
         self.events, self.bytes_read, self.heard = [], 0, time.monotonic()
-        argv = [*"-m pytest -qs -p no:cacheprovider -o addopts= --rootdir".split(), config.rootpath]
+        argv = [
+            "-m",
+            "pytest",
+            "-qs",
+            "-o",
+            "addopts=",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            config.rootpath,
+        ]
         argv += ["-c", config.inipath] if config.inipath else []
         argv += ["--with-mpi"] if config.pluginmanager.hasplugin("pytest_mpi") else []
         given = config.option

@@ -48,7 +48,7 @@ class Bench:
     sizes: tuple[int, ...]
 
     @staticmethod
-    def make(seed=0, sizes=SIZES, centres=0.0, spread=2.0):
+    def make(seed=4, sizes=SIZES, centres=0.0, spread=2.0):
         """Curvatures between 0.3 and 2 in directions of each client's own; b_i = centres + spread * normal."""
         rng = np.random.default_rng(seed)
         basis = np.linalg.qr(rng.normal(size=(len(sizes), DIM, DIM)))[0]
@@ -102,9 +102,7 @@ class Bench:
 class Simulation:
     """An algorithm over a fleet of one process, round by round as `mpifl.train` runs it."""
 
-    def __init__(
-        self, algorithm, dataset, seed=0, cohort=0, model=MODEL, nonfinite="stop", exact=True, check=True
-    ):
+    def __init__(self, algorithm, dataset, seed=0, cohort=0, model=MODEL, nonfinite="stop", exact=True, check=True):
         self.algorithm, self.dataset, self.seed, self.size = algorithm, dataset, seed, cohort
         theta = model.init(fold(seed, "init"))
         memory = ClientMemory(algorithm.memory(theta))
@@ -143,6 +141,15 @@ class Simulation:
         weights = batches.examples_used(sizes) if by_examples else np.ones(len(sizes))
         ids = sample(fold(self.seed, "cohort", self.round), len(sizes), self.size or len(sizes))
         return Cohort(self.round, ids, int(able.sum()), float(weights[able].sum()), self.fleet.ask)
+
+
+def dataset_of_a_job():
+    """What a job file's data.path = "quadratics:dataset_of_a_job" trains on: two clients of three are empty."""
+    return Bench.make(sizes=(7, 0, 0, 12, 0, 0)).dataset
+
+
+def model_of_a_job(features):
+    return MODEL
 
 
 def simulate(algorithm, dataset, rounds, seed=0, cohort=0, **options):

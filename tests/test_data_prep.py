@@ -114,9 +114,7 @@ def test_digits_are_made_again_as_they_are_shipped(tmp_path):
 
 
 def test_shipped_digits_are_the_source_each_image_once():
-    sklearn = pytest.importorskip(
-        "sklearn.datasets", reason="scikit-learn brings the digits' file (extra prep)"
-    )
+    sklearn = pytest.importorskip("sklearn.datasets", reason="scikit-learn brings the digits' file (extra prep)")
     source = sklearn.load_digits()
     train, test = read(embedded("digits"))
     rows = [np.column_stack([c["x"].reshape(len(c["x"]), 64), c["y"]]) for c in [*train, test]]

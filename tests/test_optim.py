@@ -133,9 +133,7 @@ def test_server_optimizers_follow_the_papers_recursion(name, beta1):
 def test_v_starts_at_tau_squared_and_defaults_are_the_papers(name):
     assert make(name, tau=0.5).init(MOVE)["v"].tolist() == [0.25] * 4
     defaults = {key: p.default for key, p in inspect.signature(getattr(optim, name)).parameters.items()}
-    expected = (
-        {"beta1": 0.0} if name == "fedadagrad" else {"beta1": 0.9, "beta2": 0.99, "bias_correction": False}
-    )
+    expected = {"beta1": 0.0} if name == "fedadagrad" else {"beta1": 0.9, "beta2": 0.99, "bias_correction": False}
     assert expected.items() <= defaults.items()
     assert defaults["tau"] == 1e-3
 
@@ -178,9 +176,7 @@ def test_yogi_moves_v_towards_the_square_and_not_at_all_where_equal():
     assert v.tolist() == [0.25, 0.25, 0.25 + 0.25 * 1.0, 0.25 - 0.25 * 0.0625]
 
 
-@pytest.mark.parametrize(
-    "options", [{"name": "momentum", "momentum": 0.0}, {"name": "nesterov", "momentum": 0.0}]
-)
+@pytest.mark.parametrize("options", [{"name": "momentum", "momentum": 0.0}, {"name": "nesterov", "momentum": 0.0}])
 def test_momentum_without_memory_is_sgd(options):
     theta, grads = randn(P), [randn(P, seed=seed) for seed in range(3)]
     assert torch.equal(run(make(**options), theta, grads)[0], run(make("sgd"), theta, grads)[0])

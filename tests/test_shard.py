@@ -15,7 +15,8 @@ import pytest
 
 from mpifl.config import UserError
 from mpifl.data import shard
-from mpifl.data.shard import Dataset, Feature, ShardWriter, embedded
+from mpifl.data.shard import Dataset, Feature, embedded
+from mpifl.data.writer import ShardWriter
 
 FEATURES = {"x": Feature("uint8", (2, 3), mean=0.0, std=16.0), "y": Feature("int32", (), classes=5)}
 SIZES = (4, 0, 3, 1, 0, 6, 2)
@@ -200,12 +201,8 @@ def test_same_input_gives_the_same_bytes_later_elsewhere(tmp_path, open_dataset)
         ("a_much_longer_name", 1.1),
     ):  # HDF5's times have a resolution of one second
         time.sleep(pause)
-        turned = (
-            (lambda columns: dict(reversed(columns.items()))) if pause else dict
-        )  # order in a dict has no say
-        with ShardWriter(
-            tmp_path / name, turned(FEATURES), turned({"b": 1, "a": 2}), shard_bytes=50
-        ) as writer:
+        turned = (lambda columns: dict(reversed(columns.items()))) if pause else dict  # order in a dict has no say
+        with ShardWriter(tmp_path / name, turned(FEATURES), turned({"b": 1, "a": 2}), shard_bytes=50) as writer:
             writer.write("train", ((client, turned(columns)) for client, columns in clients()))
             writer.central("test", turned(arrays(600)))
         written.append(bytes_of(tmp_path / name))
@@ -259,9 +256,7 @@ def test_bad_column_is_refused_by_split_client_and_column(tmp_path, case, positi
     columns, column, problem = BAD_COLUMNS[case]
     held = [*[("good", arrays(2))][:position], ("bad one", columns)]
     with (
-        pytest.raises(
-            UserError, match=rf"split 'train', client 'bad one', column '{column}'.*{problem}"
-        ) as error,
+        pytest.raises(UserError, match=rf"split 'train', client 'bad one', column '{column}'.*{problem}") as error,
         ShardWriter(tmp_path / "d", FEATURES) as writer,
     ):
         writer.write("train", held)
@@ -285,9 +280,7 @@ def test_first_client_sets_the_columns_when_none_are_given(tmp_path):
         writer.write("train", held)
 
 
-@pytest.mark.parametrize(
-    "rows", [np.zeros((3, 0)), np.zeros(3, np.longdouble), np.zeros(3, complex), np.zeros(())]
-)
+@pytest.mark.parametrize("rows", [np.zeros((3, 0)), np.zeros(3, np.longdouble), np.zeros(3, complex), np.zeros(())])
 def test_first_column_that_cannot_be_stored_is_named(tmp_path, rows):
     with (
         pytest.raises(UserError, match="split 'train', client 'a', column 'v': is"),
@@ -561,9 +554,7 @@ def test_flipped_bit_is_found_at_first_touch_of_its_client(planted, open_dataset
     for index in (0, 1, 2, 3, 4, 6):
         assert_same(dataset.client("train", index), clients()[index][1])
     for _ in range(2):
-        with pytest.raises(
-            UserError, match=f"train-00001.h5: column '{column}' of client 'c5'.*checksum"
-        ) as error:
+        with pytest.raises(UserError, match=f"train-00001.h5: column '{column}' of client 'c5'.*checksum") as error:
             touch(dataset)
         assert one_line(error)
 
@@ -657,9 +648,7 @@ def test_altered_index_has_another_digest(planted, open_dataset, table, value):
 
 
 def test_shard_exchanged_for_another_of_the_same_size_is_found(planted, open_dataset):
-    other = [
-        (name, arrays(len(columns["y"]), seed=90 + i)) for i, (name, columns) in enumerate(clients()[2:6])
-    ]
+    other = [(name, arrays(len(columns["y"]), seed=90 + i)) for i, (name, columns) in enumerate(clients()[2:6])]
     size = (planted / "train-00001.h5").stat().st_size
     assert plant_shard(planted / "train-00001.h5", other)["bytes"] == size
     with pytest.raises(UserError, match=r"train-00001\.h5"):

@@ -79,9 +79,7 @@ def hypcluster(
         share = F.one_hot(client.scratch["cluster"], clusters).to(carry["theta"].dtype)
         pseudo_grad = own(shared, client) - carry["theta"]
         stats = {"loss": carry["loss"], "steps": carry["steps"]}
-        return Upload(
-            {"pseudo_grad": torch.outer(share, pseudo_grad), "share": share}, weight(client), stats=stats
-        )
+        return Upload({"pseudo_grad": torch.outer(share, pseudo_grad), "share": share}, weight(client), stats=stats)
 
     train = ClientWork(start, step, finish, batches)
 

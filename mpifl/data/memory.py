@@ -30,9 +30,7 @@ class MemoryDataset:
         if not clients:
             raise UserError("a dataset needs at least one client")
         first = clients[0]
-        self.features = features or {
-            name: Feature(str(array.dtype), array.shape[1:]) for name, array in first.items()
-        }
+        self.features = features or {name: Feature(str(array.dtype), array.shape[1:]) for name, array in first.items()}
         self._clients = {"train": list(clients)}
         self._central = {"train": False}
         if test is not None:
@@ -68,9 +66,7 @@ class MemoryDataset:
 
     def sizes(self, split: str) -> np.ndarray:
         """Examples per client, (clients,) int64."""
-        return np.asarray(
-            [len(next(iter(arrays.values()))) for arrays in self._clients[split]], dtype=np.int64
-        )
+        return np.asarray([len(next(iter(arrays.values()))) for arrays in self._clients[split]], dtype=np.int64)
 
     def client_id(self, split: str, index: int) -> str:
         """The client's name: here its index."""
@@ -96,9 +92,7 @@ class MemoryDataset:
         """Rows [start, stop) of all clients one after the other."""
         if split not in self._all:
             held = self._clients[split]
-            self._all[split] = {
-                name: np.concatenate([arrays[name] for arrays in held]) for name in self.features
-            }
+            self._all[split] = {name: np.concatenate([arrays[name] for arrays in held]) for name in self.features}
         return {name: array[start:stop] for name, array in self._all[split].items()}
 
     def close(self) -> None:

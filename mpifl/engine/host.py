@@ -97,9 +97,7 @@ class Host:
         examples = steps = 0
         for row, id in enumerate(ask.ids.tolist()):
             self.clock.visit(id)
-            upload, n, ran = self._visit(
-                work, shared, id, tree_map(lambda leaf, row=row: leaf[row], ask.given)
-            )
+            upload, n, ran = self._visit(work, shared, id, tree_map(lambda leaf, row=row: leaf[row], ask.given))
             if upload is None:
                 continue
             with self.clock.during("sum"):
@@ -109,8 +107,7 @@ class Host:
                         self._keep(id, upload)
         self.clock.visit(-1)
         spent = {
-            phase: self.clock.seconds.get(phase, 0.0) - before.get(phase, 0.0)
-            for phase in ("load", "train", "sum")
+            phase: self.clock.seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("load", "train", "sum")
         }
         total.report(
             busy=sum(spent.values()),
@@ -180,9 +177,7 @@ class Host:
         one_batch = replace(chosen.batches, size=0, epochs=1, steps=1, drop_last=False, shuffle=False)
         columns = {k: v.to(self.device) for k, v in blank_columns(self.dataset.features).items()}
         client = self.blank_client(2, tree_map(self._zeros, given))
-        stream = batches(
-            columns, self.dataset.features, replace(one_batch, max_examples=None, max_steps=None), 0
-        )
+        stream = batches(columns, self.dataset.features, replace(one_batch, max_examples=None, max_steps=None), 0)
         upload = visit(chosen, tree_map(self._zeros, shared), client, stream)
         # What one work keeps for a later one of the round has its shape from here; asks come in one order.
         self._blank_scratch = self._blank_scratch | upload.scratch

@@ -35,7 +35,5 @@ def emnist_conv(features: dict[str, Any]) -> nn.Module:
     """EmnistConv for the dataset's number of classes; images must be 28x28."""
     shape = tuple(features["x"].shape)
     if shape not in ((28, 28), (1, 28, 28), (28, 28, 1)):
-        raise UserError(
-            f"model emnist_conv needs images of 28x28, this dataset has {shape}; use mlp or your own"
-        )
+        raise UserError(f"model emnist_conv needs images of 28x28, this dataset has {shape}; use mlp or your own")
     return EmnistConv(classes_of(features))

@@ -69,11 +69,7 @@ class Wire:
     @cached_property
     def names(self) -> list[str]:
         """Leaves that have a grid each: the update's, the weight, the stats'."""
-        return (
-            [leaf.name for leaf in self.update.leaves]
-            + ["weight"]
-            + [leaf.name for leaf in self.stats.leaves]
-        )
+        return [leaf.name for leaf in self.update.leaves] + ["weight"] + [leaf.name for leaf in self.stats.leaves]
 
     @cached_property
     def small(self) -> list[int]:
@@ -257,9 +253,7 @@ def decode(wire: Wire, buffers: list[Tensor]) -> Answer:
     """Read reduced buffers: float64 leaves in the update's shapes, float stats (lists for vectors)."""
     update, rest = wire.parts(buffers)
     parts = update.to(torch.float64).split([leaf.size for leaf in wire.update.leaves])
-    tree: Tree = unflatten(
-        {leaf.name: part.view(leaf.shape) for leaf, part in zip(wire.update.leaves, parts)}
-    )
+    tree: Tree = unflatten({leaf.name: part.view(leaf.shape) for leaf, part in zip(wire.update.leaves, parts)})
     weight, *stats = np.split(rest[: sum(wire.small)], np.cumsum(wire.small)[:-1])
     named = {leaf.name: value.reshape(leaf.shape).tolist() for leaf, value in zip(wire.stats.leaves, stats)}
     after = rest[sum(wire.small) :]
