@@ -36,12 +36,12 @@ class Baselines:
     ) -> Baselines:
         """Train with the job's client optimizer and batch size for `epochs`."""
         once = replace(batches, epochs=epochs, steps=None, max_steps=None)
-        alone = local_training(model, once, opt, 0.0, "examples")
+        alone = local_training(model, once, opt, 0.0, "uniform")
 
         def keep(shared: Tree, client: Client, carry: Tree) -> Upload:
-            return Upload({}, client.n, scratch={"theta": carry["theta"]})
+            return Upload({}, torch.ones_like(client.n), scratch={"theta": carry["theta"]})
 
-        everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "examples")
+        everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "uniform")
         score = scoring(model, metrics, split, "all", lambda shared, client: client.scratch["theta"])
         return Baselines(everybody, alone._replace(finish=keep), score, opt)
 

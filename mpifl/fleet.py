@@ -102,7 +102,7 @@ class Fleet:
                 break
             self._tell_repeat(wire, answer)
             limits = next_limits(wire, limits, answer.peaks, len(ids))
-        self._refuse_bad(wire, answer)
+        self._refuse_bad(work, wire, answer)
         self.limits[name] = next_limits(wire, limits, answer.peaks, len(ids)).tolist()
         self.traffic.excluded += int(answer.rows["excluded"].sum())
         return answer.sums
@@ -229,15 +229,25 @@ class Fleet:
                 f"asking again with a coarser one"
             )
 
-    def _refuse_bad(self, wire: Wire, answer: Answer) -> None:
+    def _refuse_bad(self, work: ClientWork, wire: Wire, answer: Answer) -> None:
+        """Stop at, or tell of, the first client whose numbers were not finite."""
         bad = answer.first("bad")
-        if bad is None or self.nonfinite == "exclude":
+        if bad is None:
             return
+        if work.batches.of != "client":  # no client is to blame: the model itself is beyond numbers
+            raise UserError(
+                f"round {self.round + 1}: {wire.names[bad[1]]} on split '{work.batches.split}' is NaN or infinite: "
+                f"training has diverged; lower the learning rates or clip gradients (clip_norm)"
+            )
         client = self.host.dataset.client_id("train", bad[0])
-        raise UserError(
-            f"round {self.round + 1}: {wire.names[bad[1]]} of client {client} is NaN or infinite; lower the client "
-            f'learning rate or clip its gradients, or leave such clients out with run.nonfinite="exclude"'
-        )
+        what = f"round {self.round + 1}: {wire.names[bad[1]]} of client {client} is NaN or infinite"
+        if self.nonfinite == "stop":
+            raise UserError(
+                f"{what}; lower the client learning rate or clip its gradients (clip_norm), or leave such clients "
+                f'out with run.nonfinite="exclude"'
+            )
+        others = int(answer.rows["excluded"].sum()) - 1
+        self.say(f"{what}; left out{f', and {others} more' if others else ''}")
 
 
 def serve(comm: Any, host: Host) -> None:

@@ -109,38 +109,38 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
     if comm.size == 1:
         yield
         return
+    report = folder / comm.share(f"failure-{time.strftime('%Y%m%d-%H%M%S')}.txt")
     hook = threading.excepthook
-    threading.excepthook = lambda raised: _end(comm, clock, folder, raised.exc_value)
+    threading.excepthook = lambda raised: _end(comm, clock, report, raised.exc_value)
     try:
         yield
     except BaseException as error:
-        _end(comm, clock, folder, error)
+        _end(comm, clock, report, error)
     finally:
         threading.excepthook = hook
 
 
-def _end(comm: World | Alone, clock: Clock, folder: Path, error: BaseException | None) -> None:
+def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException | None) -> None:
     status = 1
     if isinstance(error, KeyboardInterrupt):
         name, status = interruption(error)
-        text = f"mpifl: {name} ({clock.where()}); what was written so far is in {folder}"
+        text = f"mpifl: {name} ({clock.where()}); what was written so far is in {report.parent}"
     elif isinstance(error, UserError):
         text = f"mpifl: {error}"
     else:
         text = f"mpifl: {clock.where()}:\n{''.join(traceback.format_exception(error))}"
-    if _first_to_report(folder):
+    if _first_to_report(report):
         print(text, file=sys.stderr, flush=True)
-        with open(folder / "failure.txt", "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        report.write_text(text + "\n", encoding="utf-8")
     else:
         time.sleep(1.0)  # let the rank that reports finish its sentence
     comm.abort(status)
 
 
-def _first_to_report(folder: Path) -> bool:
+def _first_to_report(report: Path) -> bool:
     """Whether no other rank has reported yet: the same mistake raises on many ranks at once."""
     try:
-        os.close(os.open(folder / "failure.txt", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(report, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:

@@ -58,6 +58,10 @@ class Model:
         """What is exported: names and tensors."""
         return {"theta": theta.detach().cpu().clone()}
 
+    def from_state_dict(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Invert `state_dict`; (P,). Raises KeyError naming what is missing."""
+        return tensors["theta"].clone()
+
 
 def rows_of(batch: Tree) -> Tensor | int:
     """Number of examples in a batch that count."""
@@ -150,6 +154,10 @@ class ModuleModel(Model):
         """The module's own state_dict at theta, buffers and tied weights included, each in storage of its own."""
         self._bind(theta)
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+
+    def from_state_dict(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Gather the trainable parameters by name, (P,)."""
+        return _flat([tensors[name].to(torch.float32) for name in self._names])
 
     def _scores(self, theta: Tensor, batch: Tree) -> Tensor:
         if _traced(theta) or theta.requires_grad:

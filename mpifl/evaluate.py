@@ -1,0 +1,109 @@
+"""Score a finished run: `python -m mpifl.evaluate RUN`, on the central test split and client by client."""
+
+from __future__ import annotations
+
+import gc
+
+gc.disable()
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mpifl.comm import Alone, World
+from mpifl.config import UserError, load
+from mpifl.console import Console
+from mpifl.engine.clock import Clock
+from mpifl.fleet import Fleet, serve
+from mpifl.launch import Parser, agree, all_or_none, command
+from mpifl.scoring import score_central, score_clients
+from mpifl.train import Session
+
+gc.freeze()
+gc.enable()
+
+
+def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, dict[str, float]] | None:
+    """Score every model in a run folder; returns {model: {metric: value}} on rank 0, also for single clients."""
+    job = agree(comm, lambda: load(_existing(folder / "config.toml")))
+    job = dataclasses.replace(job, baselines=False)
+    session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
+    vectors = agree(comm, lambda: _models(folder, session))
+    with all_or_none(comm, session.host.clock, folder):
+        if comm.rank > 0:
+            serve(comm, session.host)
+            return None
+        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say)
+        scored = {}
+        for name, theta in vectors.items():
+            central = score_central(fleet, session.scorer, theta)
+            clients = score_clients(fleet, session.scorer, theta)
+            scored[name] = central | _spread(clients, session.scorer.client_split)
+            console.say(f"{name}: {len(clients['examples'])} clients, each on its own '{session.scorer.client_split}' rows")
+            console.table([(key, f"{value:.4f}") for key, value in scored[name].items()])
+        fleet.stop()
+        return scored
+
+
+def _spread(clients: dict[str, np.ndarray], split: str) -> dict[str, float]:
+    """Mean over clients, and mean over the worst tenth of them, of every figure."""
+    spread = {}
+    for name, values in clients.items():
+        if name != "examples":
+            ranked = np.sort(values)[:: -1 if name == "loss" else 1]
+            spread[f"{name}, mean of clients"] = float(values.mean())
+            spread[f"{name}, worst decile of clients"] = float(ranked[: max(1, len(values) // 10)].mean())
+    return spread
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}; a finished run prints where it is")
+    return path
+
+
+def _models(folder: Path, session: Session) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no model (*.safetensors): the run has not finished")
+    vectors = {}
+    for file in files:
+        try:
+            vectors[file.stem] = session.parts.model.from_state_dict(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+        except KeyError as error:
+            raise UserError(f"{file} has no parameter {error}; was it made by another job?") from None
+        if len(vectors[file.stem]) != session.parts.model.size:
+            raise UserError(f"{file} has {len(vectors[file.stem])} parameters, the job's model {session.parts.model.size}")
+    return vectors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return command(_command, arguments)
+
+
+def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
+    parser = Parser(prog="python -m mpifl.evaluate", description="Score the models of a finished run.")
+    parser.add_argument("run", nargs="?", help="the run folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    options = parser.read(comm, arguments)
+    if options is None:
+        return
+    if options.run is None:
+        raise UserError("which run? python -m mpifl.evaluate RUN, where RUN is the folder a run printed at its end")
+    scored = evaluate(Path(options.run), comm, Console(quiet=options.json or comm.rank > 0))
+    if options.json and scored is not None:
+        print(json.dumps(scored))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Parts that test jobs name by dotted path: awkward data, a model with dropout, and clients that misbehave."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpifl.algorithms.fedavg import fedavg
+from mpifl.data.memory import MemoryDataset
+from mpifl.data.shard import Feature
+
+SIZES = (7, 10, 5, 0, 11, 13, 1, 4, 9, 6, 3, 8)  # at batch size 4 the last batches hold 1, 2, 3 and 4 examples
+
+
+def awkward_dataset(sizes=SIZES):
+    """Unequal clients, an empty one, and a central test split; labels are a noisy linear map of the inputs."""
+    rng = np.random.default_rng(5)
+    truth = rng.normal(size=(6, 3))
+
+    def draw(n):
+        x = rng.normal(size=(n, 6)).astype(np.float32)
+        return {"x": x, "y": (x @ truth + rng.normal(size=(n, 3))).argmax(axis=1).astype(np.int64)}
+
+    features = {"x": Feature("float32", (6,)), "y": Feature("int64", (), classes=3)}
+    return MemoryDataset([draw(n) for n in sizes], draw(1030), features)
+
+
+def many_clients():
+    return awkward_dataset([5] * 120)
+
+
+def net_with_dropout(features, hidden=33):
+    """A foreign module: its dropout draws from torch's own generator."""
+    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, 3))
+
+
+def diverging_loss(scores, batch):
+    return torch.exp(1e3 * scores.abs().sum(dim=1))
+
+
+def misbehaving(model, how="raise", client=2, round=1, scale=1.0):
+    """FedAvg in which one client, in one round (from 0), does something terrible."""
+    plain = fedavg(model)
+    train = plain.works[0]
+
+    def finish(shared, visitor, carry):
+        upload = train.finish(shared, visitor, carry)
+        if int(visitor.id) == client and float(shared["lr"]) and float(shared["round"]) == round:
+            upload = _misbehave(how, upload)
+        return upload
+
+    worked = train._replace(finish=finish)
+
+    def one_round(state, cohort):
+        mean = cohort.mean(worked, theta=state["theta"], lr=0.1, round=float(cohort.round))
+        return {"theta": state["theta"] - mean["pseudo_grad"], "opt": state["opt"]}
+
+    return plain._replace(works=(worked,), round=one_round)
+
+
+def _misbehave(how, upload):
+    if how == "raise":
+        raise RuntimeError("planted failure")
+    if how == "exit":
+        sys.exit(3)
+    if how == "exit 0":
+        sys.exit(0)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "thread":
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        time.sleep(60)
+    if how == "sleep":
+        time.sleep(60)
+    values = {"nan": float("nan"), "inf": float("inf"), "huge": 1e6}
+    bad = upload.update["pseudo_grad"].clone()
+    bad[3] = values[how]
+    return upload._replace(update={"pseudo_grad": bad})
