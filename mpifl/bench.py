@@ -124,10 +124,10 @@ def _medians(repeats: int, *contestants: Callable[[], None]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in contestants]
     for repeat in range(repeats + 1):
         for run, spent in zip(contestants, seconds):
-            began = time.perf_counter()
+            began = time.process_time()
             run()
             if repeat:
-                spent.append(time.perf_counter() - began)
+                spent.append(time.process_time() - began)
     return [median(spent) for spent in seconds]
 
 

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, comm: World | Alone, arguments: Sequence[str]) -> argparse.Namespace | None:
         """Return parsed arguments, or None after help or version was printed."""
-        options = self.parse_intermixed_args(list(arguments))
+        options = agree(comm, lambda: self.parse_intermixed_args(list(arguments)))
         if options.help or options.version:
             if comm.rank == 0:
                 print(f"mpifl {__version__}" if options.version else self.format_help(), end="\n", flush=True)
@@ -71,7 +71,9 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
             print(f"mpifl: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt as stop:
-        return interruption(stop)[1]
+        name, status = interruption(stop)
+        print(f"mpifl: {name}{stop}", file=sys.stderr, flush=True)
+        return status
     except BrokenPipeError:
         return 1
 
@@ -107,7 +109,10 @@ def agree(comm: World | Alone, make: Callable[[], T]) -> T:
 def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[None]:
     """Within the block, whatever one rank raises ends the whole job, non-zero, and is reported once."""
     if comm.size == 1:
-        yield
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            raise type(stop)(_left_in(clock, folder)) from None
         return
     report = folder / comm.share(f"failure-{time.strftime('%Y%m%d-%H%M%S')}.txt")
     hook = threading.excepthook
@@ -124,17 +129,22 @@ def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException |
     status = 1
     if isinstance(error, KeyboardInterrupt):
         name, status = interruption(error)
-        text = f"mpifl: {name} ({clock.where()}); what was written so far is in {report.parent}"
+        text = f"mpifl: {name}{_left_in(clock, report.parent)}"
     elif isinstance(error, UserError):
-        text = f"mpifl: {error}"
+        text = f"mpifl: {error}" + (f" ({clock.where()})" if comm.rank else "")
     else:
         text = f"mpifl: {clock.where()}:\n{''.join(traceback.format_exception(error))}"
     if _first_to_report(report):
         print(text, file=sys.stderr, flush=True)
         report.write_text(text + "\n", encoding="utf-8")
+        time.sleep(0.3)  # MPICH's launcher drops what it has not passed on when a job aborts
     else:
-        time.sleep(1.0)  # let the rank that reports finish its sentence
+        time.sleep(1.5)  # let the rank that reports finish its sentence
     comm.abort(status)
+
+
+def _left_in(clock: Clock, folder: Path) -> str:
+    return f" ({clock.where()}); what was written so far is in {folder}"
 
 
 def _first_to_report(report: Path) -> bool:

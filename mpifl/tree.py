@@ -125,7 +125,11 @@ class Layout:
         return unflatten({f.name: buffer[f.start : f.start + f.bytes].view(f.dtype).view(f.shape) for f in self.leaves})
 
     def pack(self, tree: Tree, buffer: Tensor) -> Tensor:
-        """Copy the leaves of `tree` into `buffer`, (bytes,) uint8, and return it."""
+        """Copy the leaves of `tree` into `buffer`, (bytes,) uint8, and return it; ValueError if its layout differs."""
+        for leaf, (name, source) in zip(self.leaves, leaves(tree), strict=True):
+            found = (name, source.dtype, tuple(source.shape))
+            if found != (leaf.name, leaf.dtype, leaf.shape):
+                raise ValueError(f"a tree to pack holds {found}, expected {leaf.name} {leaf.dtype} {leaf.shape}")
         for (_, source), (_, target) in zip(leaves(tree), leaves(self.views(buffer)), strict=True):
             target.copy_(source)
         return buffer

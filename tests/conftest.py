@@ -7,7 +7,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -136,11 +135,9 @@ class Job:
         return found
 
     def look_for_shared_memory(self):
-        """Note the files that MPI made for these processes: it leaves them behind when a rank is killed."""
         for pid in self.processes():
             with suppress(OSError):
-                maps = Path(f"/proc/{pid}/maps").read_text()
-                self.shared_memory.update(re.findall(r"/dev/shm/(?:mpich_shm_|sm_segment)\S+", maps))
+                self.shared_memory.update(mpirun_plugin.shared_memory_of(pid))
 
     def end(self):
         """Kill what still runs, the launcher gently so that it cleans up, and remove the shared memory."""

@@ -38,6 +38,11 @@ def ranks_of(item) -> int | None:
     return marker and marker.kwargs["ranks"]
 
 
+def shared_memory_of(pid) -> list[str]:
+    """The files that MPI made for a process: it leaves them behind when a rank dies."""
+    return re.findall(r"/dev/shm/(?:mpich_shm_|sm_segment)\S+", Path(f"/proc/{pid}/maps").read_text())
+
+
 class Rank:
     """In a child: writes down what this rank does, and keeps the ranks in step."""
 
@@ -65,6 +70,7 @@ class Rank:
 
             self.comm, request = MPI.COMM_WORLD.Idup()
             wait_patiently(request)
+            self.tell("joined", None, shared_memory=shared_memory_of("self"))
         self.tell("begun", item.nodeid)
         result = yield
         self.tell("ended", item.nodeid)
@@ -178,6 +184,8 @@ class Child:
 
     def event(self, line) -> dict:
         event = json.loads(line)
+        if event["what"] == "joined":
+            self.job.shared_memory.update(event["shared_memory"])
         if event["what"] == "report":
             revive = self.config.hook.pytest_report_from_serializable
             event["report"] = report = revive(config=self.config, data=event["report"])

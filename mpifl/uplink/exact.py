@@ -176,8 +176,9 @@ class Accumulator:
         small = torch.cat([_double(upload.weight), *(_double(leaf) for _, leaf in leaves(upload.stats))])
         small = small.cpu().numpy()
         weight = float(small[0])
+        scale = abs(weight) if math.isfinite(weight) else 1.0  # a bad weight is its own fault, not the first leaf's
         peaks = np.asarray(
-            [_largest(value) * abs(weight) for value in values]
+            [_largest(value) * scale for value in values]
             + np.maximum.reduceat(np.abs(small), self._small_starts).tolist()
         )
         if not np.isfinite(peaks).all():
