@@ -66,7 +66,7 @@ def to_inputs(columns: Columns, features: dict[str, Any]) -> Columns:
     for name, column in columns.items():
         feature = features[name]
         if feature.std is not None:
-            inputs[name] = column.to(torch.float32).sub_(feature.mean or 0.0).div_(feature.std)
+            inputs[name] = column.to(torch.float32, copy=True).sub_(feature.mean or 0.0).div_(feature.std)
         else:
             inputs[name] = column.to(torch.float32 if column.is_floating_point() else torch.int64)
     return inputs
