@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+
+PIPE_WIDTH = 110
+"""Columns where there is no terminal: a digest fits on its line."""
+LAUNCHERS = {"mpirun", "mpiexec", "mpiexec.hydra", "prterun", "prted", "orterun", "orted", "hydra_pmi_proxy"}
 
 
 class Console:
     """Prints to stdout unless quiet, and to log.txt once a run folder is known."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.rich = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
-        if not self.rich.is_terminal:
-            self.rich.width = 110  # a digest fits on its line
+        terminal = _terminal()
+        width = _width(terminal) if terminal else PIPE_WIDTH
+        self.rich = RichConsole(
+            file=sys.stdout,
+            quiet=quiet,
+            highlight=False,
+            soft_wrap=True,
+            force_terminal=terminal is not None,
+            width=width,
+        )
         self._log: Path | None = None
         self._bar: Progress | None = None
+        self._scores: list[str] = []
 
     def log_to(self, path: Path) -> None:
         """Also append every line to the file at `path`."""
@@ -31,38 +46,37 @@ class Console:
         self.rich.file.flush()
         self._append(text + "\n")
 
-    def start(self, rounds: int) -> None:
-        """Open the live bar, if this is a terminal."""
-        if self.rich.is_terminal and not self.rich.quiet:
-            columns = [
-                TextColumn("round"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-            ]
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.rich)
-            self._bar.start()
+    @contextmanager
+    def live(self, rounds: int) -> Iterator[None]:
+        """Show a live bar within the block, if this is a terminal."""
+        if not self.rich.is_terminal or self.rich.quiet:
+            yield
+            return
+        self._bar = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(rounds)) + 1)),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.rich,
+        )
+        with self._bar:
             self._task = self._bar.add_task("", total=rounds)
+            yield
+        self._bar = None
 
     def round(self, record: dict[str, Any], rounds: int) -> None:
         """Show a finished round: on the bar, or as a plain line when it was evaluated."""
-        speed = record["clients"] / max(record["seconds"]["total"], 1e-9)
-        parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-        parts += [f"{name} {value:.4f}" for name, value in record.get("scores", {}).items()]
-        text = "  ".join([*parts, f"{speed:.0f} clients/s"])
-        if self._bar:
-            self._latest = parts[1:] or getattr(self, "_latest", [])
-            shown = "  ".join([*parts[:1], *self._latest, f"{speed:.0f} clients/s"])
-            self._bar.update(self._task, advance=1, description=shown)
+        loss = [] if record["loss"] is None else [f"loss {record['loss']:.4f}"]
+        speed = f"{record['clients'] / max(record['seconds']['total'], 1e-9):.0f} clients/s"
         if "scores" in record:
-            line = f"round {record['round']:>{len(str(rounds))}}/{rounds}  {text}"
+            self._scores = [f"{name} {value:.4f}" for name, value in record["scores"].items()]
+            line = "  ".join([f"round {record['round']:>{len(str(rounds))}}/{rounds}", *loss, *self._scores, speed])
             self._append(line + "\n") if self._bar else self.say(line)
-
-    def stop(self) -> None:
-        """Close the live bar."""
         if self._bar:
-            self._bar.stop()
-            self._bar = None
+            shown = [score for score in self._scores if not score.startswith("test_loss")][:1]
+            self._bar.update(self._task, advance=1, description="  ".join([*loss, *shown, speed]))
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Print a short table of (name, value)."""
@@ -79,6 +93,48 @@ class Console:
         if self._log:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(text)
+
+
+def _terminal() -> Path | None:
+    """The terminal a person looks at, None if output goes elsewhere.
+
+    Under a launcher a rank's own stdout says nothing: MPICH always gives it a pipe, Open MPI always a terminal
+    of its own making. What the launcher itself writes to counts, where it runs on this machine.
+    """
+    launcher = None
+    pid = os.getppid()
+    while pid > 1 and (name := _process(pid)) is not None and name[0] in LAUNCHERS:
+        launcher, pid = pid, name[1]
+    if launcher is None:
+        return Path(os.ttyname(1)) if os.isatty(1) and sys.stdout.isatty() else None
+    try:
+        output = os.readlink(f"/proc/{launcher}/fd/1")
+    except OSError:
+        return None
+    return Path(output) if output.startswith(("/dev/pts/", "/dev/tty")) else None
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """Name and parent of a process on this machine."""
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return None
+    return (Path(os.fsdecode(command)).name or name), int(rest.split()[1])
+
+
+def _width(terminal: Path) -> int:
+    try:
+        descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return 80
+    try:
+        return os.get_terminal_size(descriptor).columns or 80
+    except OSError:
+        return 80
+    finally:
+        os.close(descriptor)
 
 
 def readable_bytes(count: float) -> str:

@@ -48,11 +48,11 @@ class Model:
 
     def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
         """Gradient of the mean loss, (P,), a vector of its own at every call, and the mean loss, ()."""
-        if _traced(theta):
+        if _traced():
             return grad_and_value(self.mean_loss)(theta, batch)
         leaf = theta.detach().requires_grad_()
         loss = self.mean_loss(leaf, batch)
-        return torch.autograd.grad(loss, leaf)[0], loss.detach()
+        return torch.autograd.grad(loss, leaf)[0].contiguous(), loss.detach()  # a broadcast one cannot be written to
 
     def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
         """What is exported: names and tensors."""
@@ -100,8 +100,8 @@ def from_module(factory: Callable[[], nn.Module], loss: Loss = cross_entropy, in
     """Make a Model of the module that `factory` builds; theta holds its trainable parameters.
 
     loss: (scores, batch) -> (B,). inputs: the batch leaf fed to `forward`. A `forward` that also takes `key`
-    gets the step's key, () int64 (None in evaluation), for its own keyed dropout; for other modules torch's
-    generator is seeded from the key before each training forward. Frozen parameters and buffers are constants.
+    gets the step's key, () int64 (None in evaluation), for its own keyed dropout; for nn.Dropout and the like
+    torch's generator is seeded from the key before each training forward. Frozen parameters and buffers are constants.
     Raises UserError for modules whose buffers change in a training forward (BatchNorm), at construction when
     recognised by type, else by `refuse_changing_buffers`.
     """
@@ -109,14 +109,17 @@ def from_module(factory: Callable[[], nn.Module], loss: Loss = cross_entropy, in
     if not isinstance(module, nn.Module):
         raise UserError(f"a model factory must return an nn.Module, got {type(module).__name__}")
     for path, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
             raise UserError(_buffer_refusal(type(module).__name__, path, type(part).__name__))
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not named:
         raise UserError(f"model {type(module).__name__} has no trainable parameter")
     kinds = {p.dtype for p in named.values()}
-    if len(kinds) > 1:
-        raise UserError(f"model {type(module).__name__} mixes parameter dtypes {sorted(map(str, kinds))}; use one")
+    if kinds != {torch.float32}:
+        raise UserError(
+            f"model {type(module).__name__} trains parameters of {', '.join(sorted(map(str, kinds)))}; theta is "
+            f"float32: convert the module with .float()"
+        )
     return ModuleModel(factory, module, list(named), loss, inputs)
 
 
@@ -144,11 +147,12 @@ class ModuleModel(Model):
 
     def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
         """As Model's, through parameters bound to theta."""
-        if _traced(theta) or theta.requires_grad:
+        if _traced() or theta.requires_grad:
             return super().grad_and_loss(theta, batch)
         self._bind(theta)
         loss = masked_mean(self.loss(self._call(None, batch), batch), batch)
-        return _flat(torch.autograd.grad(loss, self._parameters)), loss.detach()
+        grads = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return _flat([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self._parameters)]), loss.detach()
 
     def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
         """The module's own state_dict at theta, buffers and tied weights included, each in storage of its own."""
@@ -160,7 +164,7 @@ class ModuleModel(Model):
         return _flat([tensors[name].to(torch.float32) for name in self._names])
 
     def _scores(self, theta: Tensor, batch: Tree) -> Tensor:
-        if _traced(theta) or theta.requires_grad:
+        if _traced() or theta.requires_grad:
             return self._call(self._views(theta), batch)
         self._bind(theta)
         with torch.no_grad():
@@ -187,16 +191,16 @@ class ModuleModel(Model):
             self._training = key is not None
             self.module.train(self._training)
         keywords = {"key": key} if self.takes_key else {}
-        if key is not None and not self.takes_key and not _traced(key):
+        if key is not None and not torch._C._functorch.is_functorch_wrapped_tensor(key):
             _seed(int(key), key.device)
         if parameters is None:
             return self.module(batch[self.inputs], **keywords)
         return functional_call(self.module, parameters, (batch[self.inputs],), keywords)
 
 
-def _traced(tensor: Tensor) -> bool:
-    """True inside torch.func transforms (vmap, grad)."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _traced() -> bool:
+    """True inside torch.func transforms (vmap, grad), where theta itself may be one that all clients share."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _seed(key: int, device: torch.device) -> None:
@@ -208,15 +212,18 @@ def _seed(key: int, device: torch.device) -> None:
 
 
 def refuse_changing_buffers(factory: Callable[[], nn.Module], batch: Tree, inputs: str = "x") -> None:
-    """Run one training forward on `batch` and raise UserError if a buffer changed, naming its path."""
+    """Run one training forward on a batch like `batch` and raise UserError if a buffer changed, naming its path."""
     module = _make(factory, seed=0).train()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     takes_key = "key" in inspect.signature(module.forward).parameters
     keywords = {"key": batch.get("key")} if takes_key else {}
+    x = batch[inputs]
+    if x.is_floating_point():  # whatever it holds: a blank batch of zeros would leave a running mean at zero
+        x = torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        module(batch[inputs], **keywords)
+        module(x, **keywords)
     for name, buffer in module.named_buffers():
-        if not torch.equal(buffer, before[name]):
+        if name in before and not torch.equal(buffer, before[name]):
             path = name.rpartition(".")[0]
             kind = type(module.get_submodule(path)).__name__
-            raise UserError(_buffer_refusal(type(module).__name__, path, kind))
+            raise UserError(_buffer_refusal(type(module).__name__, path or name, kind))

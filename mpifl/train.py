@@ -149,32 +149,31 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
     """Run the rounds; returns the final server state."""
     job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
     state = algorithm.init(session.parts.model.init(fold(job.seed, "init")))
-    console.start(job.rounds)
     clock.lap()
     lap = time.perf_counter()
-    for round in range(job.rounds):
-        clock.round = round
-        clock.enter("sample")
-        fleet.begin(round)
-        cohort = session.cohort(round, fleet)
-        clock.enter("server")
-        new = algorithm.round(state, cohort)
-        if cohort.latest.count:  # nobody trained: the state stays as it was
-            state = new
-        fleet.accepted = round
-        record = _record(round, cohort, fleet)
-        if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
-            with clock.booked("evaluate"):
-                scores = score_state(fleet, session.scorer, algorithm, state)
-            record["scores"] = {"test_loss": scores.pop("loss"), **scores}
-            fleet.read_traffic()
-        clock.enter("write")
-        lap, before = time.perf_counter(), lap
-        record["seconds"] = clock.lap() | {"total": lap - before}
-        totals.add(record)
-        folder.round(record)
-        console.round(record, job.rounds)
-    console.stop()
+    with console.live(job.rounds):
+        for round in range(job.rounds):
+            clock.round = round
+            clock.enter("sample")
+            fleet.begin(round)
+            cohort = session.cohort(round, fleet)
+            clock.enter("server")
+            new = algorithm.round(state, cohort)
+            if cohort.latest.count:  # nobody trained: the state stays as it was
+                state = new
+            fleet.accepted = round
+            record = _record(round, cohort, fleet)
+            if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
+                with clock.booked("evaluate"):
+                    scores = score_state(fleet, session.scorer, algorithm, state)
+                record["scores"] = {"test_loss": scores.pop("loss"), **scores}
+                fleet.read_traffic()
+            clock.enter("write")
+            lap, before = time.perf_counter(), lap
+            record["seconds"] = clock.lap() | {"total": lap - before}
+            totals.add(record)
+            folder.round(record)
+            console.round(record, job.rounds)
     return state
 
 

@@ -7,6 +7,7 @@ Three lifetimes, three names: `shared` (all clients, one copy), `client` (this c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifl.config import UserError
 from mpifl.tree import Tree, tree_map
 
 
@@ -39,6 +41,13 @@ class Batching:
     max_steps: int | None = None
     split: str = "train"
     of: Literal["client", "block", "all"] = "client"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a number out of range."""
+        for option, least in {"size": 0, "epochs": 1, "steps": 1, "max_examples": 1, "max_steps": 1}.items():
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise UserError(f"batches {option} is {value}; it must be at least {least}")
 
     def examples_used(self, examples: np.ndarray | int) -> np.ndarray | int:
         """Examples of a client that take part, from the number it has."""
@@ -110,8 +119,8 @@ class Sums:
     @property
     def mean(self) -> Tree:
         """sum(weight * update) / sum(weight) as float32 leaves; zeros when the total weight is 0."""
-        scale = 1.0 / self.weight if self.weight else 0.0
-        return tree_map(lambda leaf: (leaf * scale).to(torch.float32), self.update)
+        weight = self.weight or math.inf
+        return tree_map(lambda leaf: (leaf / weight).to(torch.float32), self.update)
 
 
 class Cohort:

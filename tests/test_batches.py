@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpifl.config import UserError
 from mpifl.data.batches import Source, batches, blank_columns, to_inputs
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Feature
@@ -25,6 +26,10 @@ def drawn(n, batching, key=1):
 
 def indices(found):
     return [batch["index"].tolist() for batch in found]
+
+
+def chained(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 ALL = [
@@ -78,7 +83,7 @@ def test_steps_by_hand(batching, n, steps):
 def test_an_epoch_holds_each_example_once_and_the_last_batch_is_the_short_one(size, shuffle):
     found = indices(drawn(7, Batching(size=size, epochs=3, shuffle=shuffle)))
     per_epoch = len(found) // 3
-    orders = [sum(found[e * per_epoch : (e + 1) * per_epoch], []) for e in range(3)]
+    orders = [chained(found[e * per_epoch : (e + 1) * per_epoch]) for e in range(3)]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({tuple(order) for order in orders}) == (3 if shuffle else 1)
     assert shuffle or orders[0] == list(range(7))
@@ -95,7 +100,7 @@ def test_dropping_the_last_short_batch_leaves_out_other_examples_each_epoch():
 def test_steps_go_round_again_epoch_by_epoch():
     found = indices(drawn(5, Batching(size=2, steps=7)))
     for epoch in (found[:3], found[3:6]):
-        assert sorted(sum(epoch, [])) == [0, 1, 2, 3, 4]
+        assert sorted(chained(epoch)) == [0, 1, 2, 3, 4]
 
 
 def test_index_leads_every_feature_of_a_batch():
@@ -116,17 +121,17 @@ def test_order_and_step_keys_are_functions_of_the_visits_key():
 def test_orders_are_uniform():
     counts = np.zeros((5, 5))
     for client in range(2000):
-        order = sum(indices(drawn(5, Batching(size=2), fold(0, client))), [])
+        order = chained(indices(drawn(5, Batching(size=2), fold(0, client))))
         counts[range(5), order] += 1
     assert np.abs(counts - 400).max() < 6 * np.sqrt(400)
 
 
 def test_a_cap_on_examples_takes_the_first_or_a_subset_of_the_visit_for_all_its_epochs():
     plain = indices(drawn(9, Batching(size=2, epochs=3, max_examples=4, shuffle=False)))
-    assert sum(plain, []) == [0, 1, 2, 3] * 3
+    assert chained(plain) == [0, 1, 2, 3] * 3
     subsets = set()
     for key in range(8):
-        found = sum(indices(drawn(9, Batching(size=2, epochs=3, max_examples=4), key)), [])
+        found = chained(indices(drawn(9, Batching(size=2, epochs=3, max_examples=4), key)))
         epochs = {frozenset(found[i : i + 4]) for i in (0, 4, 8)}
         assert len(epochs) == 1 and len(*epochs) == 4
         subsets |= epochs
@@ -141,6 +146,21 @@ def test_every_leaf_of_every_batch_starts_on_a_64_byte_line(size, shuffle):
     stored = {"x": odd, "y": torch.arange(20), "z": torch.ones(20, 5, dtype=torch.uint8)}
     for batch in batches(stored, features, Batching(size=size, epochs=2, shuffle=shuffle), 1):
         assert all(leaf.data_ptr() % 64 == 0 and leaf.is_contiguous() for leaf in batch.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": -1}, "batches size is -1; it must be at least 0"),
+        ({"epochs": 0}, "batches epochs is 0; it must be at least 1"),
+        ({"steps": 0}, "batches steps is 0; it must be at least 1"),
+        ({"max_examples": -2}, "batches max_examples is -2; it must be at least 1"),
+        ({"max_steps": 0}, "batches max_steps is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_that_would_train_nobody_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Batching(**options)
 
 
 # --- what models read ------------------------------------------------------------------------------------

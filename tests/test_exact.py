@@ -123,7 +123,7 @@ def test_a_fitting_grid_resolves_every_leaf_to_a_millionth_of_its_largest_value(
     for clients in (1, 100, 2**15, 2**20):
         limits = np.exp2(rng.integers(-140, 140, size=4000))
         peaks = limits * 10.0 ** rng.uniform(-20, 1, size=4000)
-        fitting = np.asarray([fits(l[None], p[None], clients) for l, p in zip(limits, peaks)])
+        fitting = np.asarray([fits(limit[None], peak[None], clients) for limit, peak in zip(limits, peaks)])
         assert 0.1 < fitting.mean() < 0.9
         assert (peaks <= limits)[fitting].all()
         assert (spacing(limits, clients) / 2 <= 5e-7 * peaks)[fitting].all()
@@ -307,13 +307,18 @@ def test_bytes_up_do_not_depend_on_the_size_of_the_cohort():
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     "leaves",
-    [{}, {"none": torch.zeros(0), "some": torch.ones(2)}, {"scalar": torch.ones(())}, {"deep": {"er": torch.ones(2, 2)}}],
+    [
+        {},
+        {"none": torch.zeros(0), "some": torch.ones(2)},
+        {"scalar": torch.ones(())},
+        {"deep": {"er": torch.ones(2, 2)}},
+    ],
     ids=["none", "empty", "scalar", "nested"],
 )
 def test_uploads_of_any_shape_are_summed(leaves, exact):
     fleet = Echo(np.ones((3, 1)), lambda client, x: Upload(leaves, client.n, stats=leaves), exact=exact)
     sums, _ = fleet.ask()
-    flat = {name: leaf for name, leaf in tree_leaves(sums.update)}
+    flat = dict(tree_leaves(sums.update))
     assert sums.count == 3
     for name, leaf in tree_leaves(leaves):
         torch.testing.assert_close(flat[name], 3.0 * leaf.double())

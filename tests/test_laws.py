@@ -1,4 +1,4 @@
-"""Laws of the four algorithms on heterogeneous quadratics: what they reduce to, where they stand still, what they keep."""
+"""Laws of the four algorithms on heterogeneous quadratics: what they reduce to, and where they stand still."""
 
 import json
 
@@ -13,11 +13,13 @@ from mpifl.algorithms.hypcluster import hypcluster
 from mpifl.algorithms.mime import mime
 from mpifl.algorithms.scaffold import scaffold
 from mpifl.config import UserError
+from mpifl.data.memory import MemoryDataset
 from mpifl.optim import fedadagrad, fedadam, fedavgm, fedyogi, momentum, sgd
 from mpifl.rand import fold
 from mpifl.schedule import constant, step
+from mpifl.scoring import Scorer, score_state
 from mpifl.tree import digest
-from mpifl.work import Batching
+from mpifl.work import Batching, ClientWork, Upload
 
 BENCH = Bench.make()
 WEIGHTINGS = ["examples", "uniform"]
@@ -135,7 +137,7 @@ def test_fedprox_stalls_at_its_own_fixed_point(mu):
 
 
 def test_fedprox_refuses_a_push():
-    with pytest.raises(UserError, match="mu is -0.1"):
+    with pytest.raises(UserError, match=r"mu is -0\.1"):
         fedavg(MODEL, mu=-0.1)
 
 
@@ -437,6 +439,24 @@ def test_choosing_may_be_cut_into_batches():
     assert digest(whole.state) == digest(pieces.state)
 
 
+def test_a_client_with_rows_to_score_but_none_to_choose_by_is_scored_with_the_first_cluster():
+    bench = Bench.make()  # client 2 has no row to train on
+    sized = Bench(bench.A, bench.b, (3, 3, 3, 3, 3, 3)).dataset
+    dataset = MemoryDataset(
+        [bench.dataset.client("train", i) for i in range(6)], test=[sized.client("train", i) for i in range(6)]
+    )
+    algorithm = hypcluster(MODEL, 2, BATCHES)
+    scorer = Scorer.of(algorithm, MODEL, {}, dataset)
+    run = Simulation(algorithm._replace(works=(*algorithm.works, *scorer.works)), dataset)
+    thetas = np.asarray([[2.0, -1.0, 0.5], [-2.0, 1.0, 3.0]])
+    run.state["thetas"] = torch.tensor(thetas, dtype=torch.float32)
+    away = thetas[:, None] - bench.b
+    losses = 0.5 * np.einsum("kni,nij,knj->kn", away, bench.A, away)
+    expected = np.where(np.arange(6) == 2, losses[0], losses.min(axis=0)).mean()
+    assert losses[0, 2] != losses[:, 2].min()
+    close(score_state(run.fleet, scorer, algorithm, run.state)["loss"], expected)
+
+
 # --- all of them -----------------------------------------------------------------------------------------
 
 ALL = {
@@ -492,6 +512,25 @@ def test_a_run_is_a_function_of_its_seed(name):
         digest(simulate(ALL[name]("examples"), BENCH.dataset, 3, seed, cohort=3).state) for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_what_the_server_gives_reaches_the_client_it_is_meant_for():
+    def finish(shared, client, carry):
+        update = {"given": client.given["lr"] * 10.0**client.id, "sum": client.given["deep"]["rows"]}
+        return Upload(update, torch.ones(()))
+
+    work = ClientWork(lambda s, c: {}, lambda s, c, carry, b: carry, finish, BATCHES)
+    run = Simulation(fedavg(MODEL)._replace(works=(work,)), BENCH.dataset)
+    ids = np.asarray([5, 0, 2, 3])  # 2 is empty
+    given = {"lr": torch.tensor([5.0, 1.0, 9.0, 3.0]), "deep": {"rows": torch.arange(8.0).view(4, 2)}}
+    sums = run.fleet.ask(work, ids, given, {})
+    assert float(sums.update["given"]) == 5e5 + 1e0 + 3e3
+    assert sums.update["sum"].tolist() == [0.0 + 2 + 6, 1.0 + 3 + 7]
+
+
+def test_a_split_that_the_dataset_lacks_is_refused_at_the_start():
+    with pytest.raises(UserError, match="no split of the dataset 'tran'; did you mean 'train'"):
+        Simulation(fedavg(MODEL, Batching(split="tran")), BENCH.dataset)
 
 
 JOBS = {

@@ -34,9 +34,7 @@ def test_folding_words_one_by_one_is_folding_them_at_once():
 
 
 def test_each_bit_of_a_word_flips_half_of_the_keys_bits():
-    flips = [
-        (fold(seed, 5) ^ fold(seed ^ (1 << bit), 5)).bit_count() for seed in range(40) for bit in range(64)
-    ]
+    flips = [(fold(seed, 5) ^ fold(seed ^ (1 << bit), 5)).bit_count() for seed in range(40) for bit in range(64)]
     flips += [(fold(3, word) ^ fold(3, word ^ (1 << bit))).bit_count() for word in range(40) for bit in range(64)]
     assert abs(np.mean(flips) - 32) < 0.5 and min(flips) > 8
 

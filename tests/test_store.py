@@ -126,7 +126,8 @@ def test_reading_and_writing_moves_rows_between_ranks():
 def test_digests_come_by_client_and_see_row_and_visits():
     def digests(visits, value):
         store = ClientMemory(BLANK)
-        store.write([8, 2], {"control": torch.full((2, 3), value), "head": {"w": torch.zeros(2, 2, 2).double()}}, visits)
+        rows = {"control": torch.full((2, 3), value), "head": {"w": torch.zeros(2, 2, 2).double()}}
+        store.write([8, 2], rows, visits)
         return store.digests()
 
     plain = digests([1, 1], 0.0)

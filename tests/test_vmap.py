@@ -75,7 +75,8 @@ def shared_of(name, model):
     opt = fedadam(0.1).init(theta) if name == "mime" else momentum(0.1).init(theta)
     opt = opt | {"m": 0.1 * other}
     thetas = torch.stack([theta, other, 0.5 * other])
-    return {"theta": theta, "lr": torch.tensor(0.1), "control": 0.1 * other, "c": 0.3 * other, "opt": opt, "thetas": thetas}
+    shared = {"theta": theta, "lr": torch.tensor(0.1), "control": 0.1 * other, "c": 0.3 * other}
+    return shared | {"opt": opt, "thetas": thetas}
 
 
 def client_of(number, model):

@@ -63,7 +63,9 @@ def hypcluster(
     )
 
     def own(shared: Tree, client: Client) -> Tensor:
-        return shared["thetas"].index_select(0, client.scratch["cluster"].view(1))[0]
+        # Who has rows to score but none to choose by gets the first.
+        cluster = client.scratch.get("cluster", torch.zeros((), dtype=torch.int64))
+        return shared["thetas"].index_select(0, cluster.view(1))[0]
 
     def start(shared: Tree, client: Client) -> Tree:
         theta = own(shared, client)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mpifl.model import Model
+from mpifl.optim import sgd
 from mpifl.schedule import Schedule, constant
 from mpifl.tree import Tree
 from mpifl.work import Algorithm, Batching, Client, ClientWork, Cohort, Upload
@@ -31,6 +32,7 @@ def scaffold(
     weighting: Literal["examples", "uniform"] = "uniform",
 ) -> Algorithm:
     """Build SCAFFOLD; clients take plain SGD steps, since momentum would break the telescoping of c_i'."""
+    descend = sgd(client_lr).step
 
     def memory(theta: Tensor) -> Tree:
         return {"control": torch.zeros_like(theta)}
@@ -43,7 +45,7 @@ def scaffold(
     def step(shared: Tree, client: Client, carry: Tree, batch: Tree) -> Tree:
         grad, loss = model.grad_and_loss(carry["theta"], batch)
         grad.add_(carry["correction"])
-        theta = carry["theta"].addcmul_(grad, shared["lr"], value=-1)
+        theta = descend(carry["theta"], grad, {"lr": shared["lr"]})
         return carry | {"theta": theta, "steps": carry["steps"] + 1, "loss": carry["loss"] + loss}
 
     def finish(shared: Tree, client: Client, carry: Tree) -> Upload:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifl.config import choice
 from mpifl.data.batches import Source, batches, blank_columns
 from mpifl.engine.clock import Clock
 from mpifl.engine.serial import checked_visit, visit
@@ -59,6 +60,8 @@ class Host:
         exact: bool = True,
         check: bool = False,
     ) -> None:
+        for work in works:
+            choice(work.batches.split, dataset.splits, "split of the dataset")
         self.works, self.dataset, self.memory, self.seed, self.clock = works, dataset, memory, seed, clock
         self.rank, self.ranks, self.exact = rank, ranks, exact
         self.device = torch.device(device)
