@@ -86,7 +86,7 @@ class World:
                 f'this environment (python -m pip install -e ".[mpich]" brings one), or srun --mpi=pmi2 (MPICH) / pmix'
             )
         self.rank, self.size = self._world.rank, self._world.size
-        self.library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+        self.library = _library_name(MPI.Get_library_version())
         self._reduce_piece = _OPEN_MPI_PIECE if "Open MPI" in self.library else _PIECE
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = node.rank
@@ -182,6 +182,12 @@ def connect() -> World | Alone:
     """Return the world if a launcher started this process, else Alone (and MPI is not even imported)."""
     managed = any(name in os.environ for name in (*_SIZES, "PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
     return World() if managed or _launched() > 1 else Alone()
+
+
+def _library_name(version: str) -> str:
+    """Shorten what MPI_Get_library_version says, to e.g. MPICH 5.0.2 or Open MPI 5.0.11."""
+    first = version.strip("\0 \n").splitlines()[0].split(",")[0]
+    return " ".join(first.replace("Version:", " ").replace(" v", " ").split())
 
 
 def launched_rank() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,16 +23,9 @@ class Console:
     """Prints to stdout unless quiet, and to log.txt once a run folder is known."""
 
     def __init__(self, quiet: bool = False) -> None:
-        terminal = _terminal()
-        width = _width(terminal) if terminal else PIPE_WIDTH
-        self.rich = RichConsole(
-            file=sys.stdout,
-            quiet=quiet,
-            highlight=False,
-            soft_wrap=True,
-            force_terminal=terminal is not None,
-            width=width,
-        )
+        self.rich = RichConsole(file=_output(), quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.rich.is_terminal:
+            self.rich.width = PIPE_WIDTH
         self._log: Path | None = None
         self._bar: Progress | None = None
         self._scores: list[str] = []
@@ -95,23 +89,39 @@ class Console:
                 file.write(text)
 
 
-def _terminal() -> Path | None:
-    """The terminal a person looks at, None if output goes elsewhere.
+def _output() -> TextIO:
+    """Where people look: the launcher's terminal if it has one on this machine, else stdout.
 
     Under a launcher a rank's own stdout says nothing: MPICH always gives it a pipe, Open MPI always a terminal
-    of its own making. What the launcher itself writes to counts, where it runs on this machine.
+    of its own making, which it forwards by the line, too late for a live bar.
     """
-    launcher = None
-    pid = os.getppid()
-    while pid > 1 and (name := _process(pid)) is not None and name[0] in LAUNCHERS:
-        launcher, pid = pid, name[1]
+    launcher, pid = None, os.getppid()
+    while pid > 1 and (found := _process(pid)) is not None and found[0] in LAUNCHERS:
+        launcher, pid = pid, found[1]
     if launcher is None:
-        return Path(os.ttyname(1)) if os.isatty(1) and sys.stdout.isatty() else None
+        return sys.stdout
     try:
         output = os.readlink(f"/proc/{launcher}/fd/1")
+        if output.startswith(("/dev/pts/", "/dev/tty")):
+            return open(output, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
     except OSError:
-        return None
-    return Path(output) if output.startswith(("/dev/pts/", "/dev/tty")) else None
+        pass
+    return _Pipe(sys.stdout)
+
+
+class _Pipe(io.TextIOBase):
+    """A stream that is not taken for a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on."""
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Pass on."""
+        self._stream.flush()
 
 
 def _process(pid: int) -> tuple[str, int] | None:
@@ -122,19 +132,6 @@ def _process(pid: int) -> tuple[str, int] | None:
     except OSError:
         return None
     return (Path(os.fsdecode(command)).name or name), int(rest.split()[1])
-
-
-def _width(terminal: Path) -> int:
-    try:
-        descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
-    except OSError:
-        return 80
-    try:
-        return os.get_terminal_size(descriptor).columns or 80
-    except OSError:
-        return 80
-    finally:
-        os.close(descriptor)
 
 
 def readable_bytes(count: float) -> str:

@@ -2,7 +2,7 @@
 
 `mpi(ranks=N, timeout=S)`: the test runs on N ranks, from a plain `python -m pytest` (mpirun_plugin.py).
 `launches`: the test starts mpirun itself, with `launch`. Under `mpirun -n 3 python -m pytest --with-mpi`
-(pytest-mpi) those run that are marked with 3 ranks; other rank counts and `launches` are skipped.
+(pytest-mpi) those run that are marked with 3 ranks; all others are skipped.
 """
 
 import importlib.util
@@ -68,10 +68,12 @@ def reason_to_skip(item) -> str | None:
         return what_is_missing() if ranks else None
     if item.get_closest_marker("launches"):
         return "starts mpirun itself, which does not nest"
+    if ranks is None:
+        return "a test of one process: it would run on every rank at once"
     from mpi4py import MPI
 
     size = MPI.COMM_WORLD.size
-    return f"needs {ranks} ranks, runs on {size}" if ranks not in (None, size) else None
+    return None if ranks == size else f"needs {ranks} ranks, runs on {size}"
 
 
 def what_is_missing() -> str | None:

@@ -20,6 +20,8 @@ from mpifl.model import Model
 from mpifl.rand import fold, sample
 from mpifl.work import Batching, Cohort
 
+torch.set_num_threads(1)  # as every job does unless told otherwise
+
 DIM = 3
 SIZES = (7, 2, 0, 12, 4, 9)  # unequal, client 2 empty
 BATCHES = Batching(size=3)  # K = 3, 1, 0, 4, 2, 3

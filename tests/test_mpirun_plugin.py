@@ -249,7 +249,7 @@ def pytest_runtest_logreport(report):
     assert run.returncode == 0, run.stdout + run.stderr
     for rank in range(3):
         assert (tmp_path / f"rank{rank}").read_text().splitlines() == [
-            "test_inner.py::test_serial passed None",
+            "test_inner.py::test_serial skipped Skipped: a test of one process: it would run on every rank at once",
             "test_inner.py::test_launch skipped Skipped: starts mpirun itself, which does not nest",
             "test_inner.py::test_two skipped Skipped: needs 2 ranks, runs on 3",
             "test_inner.py::test_three passed None",
