@@ -96,11 +96,18 @@ def _hand_loop(factory: Callable[..., nn.Module], batches: list[Tree], training:
         with torch.no_grad():
             torch._foreach_copy_(parameters, first)
         for batch in batches:
-            gradients = torch.autograd.grad(F.cross_entropy(net(batch["x"]), batch["y"]), parameters)
+            gradients = torch.autograd.grad(_hand_loss(net(batch["x"]), batch), parameters)
             with torch.no_grad():
                 torch._foreach_sub_(parameters, gradients, alpha=LR)
 
     return loop
+
+
+def _hand_loss(scores: Tensor, batch: Tree) -> Tensor:
+    if "mask" not in batch:
+        return F.cross_entropy(scores, batch["y"])
+    mask = batch["mask"]
+    return (F.cross_entropy(scores, batch["y"], reduction="none") * mask).sum() / mask.sum()
 
 
 class HandConv(nn.Module):

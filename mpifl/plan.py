@@ -97,32 +97,33 @@ class PlanFleet(Fleet):
         return wire.buffers()
 
 
-def expected_memory(fleet: PlanFleet, state: Tree, budget: int) -> tuple[int, int]:
-    """Return expected resident bytes of (rank 0, a host).
+def expected_memory(fleet: PlanFleet, algorithm: Algorithm, state: Tree, score: ClientWork, budget: int) -> tuple[int, int]:
+    """Return expected resident bytes of (rank 0, a host), after a round was planned.
 
-    Measured as far as possible: what this process holds after one real step of the job's batch size on zeros;
-    then a round's buffers, and the data and client memory that a host will keep.
+    Measured as far as possible: what this process holds, before and after a real step of training and a real
+    block of scoring on zeros; then a round's buffers, and the data and client memory that a host will keep.
     """
     host, sizes = fleet.host, fleet.sizes
     hosts = max(1, fleet.comm.size - 1)
-    _one_step(host, sizes.ask)
-    base = resident_bytes() + sizes.down + 2 * sizes.wire  # MPI's temporary is as large as what it sums
+    buffers = sizes.down + 2 * sizes.wire  # MPI's temporary is as large as what it sums
+    server = buffers + 2 * sum(leaf.nbytes for _, leaf in leaves(state))
+    idle = resident_bytes()
+    _one_batch(host, host.works[sizes.ask.work], sizes.ask.shared)
+    _one_batch(host, score, {"theta": next(iter(algorithm.models(state).values()))})
     row = sum(np.dtype(f.dtype).itemsize * int(np.prod(f.shape)) for f in host.dataset.features.values())
     stored = sum(host.dataset.total(split) for split in host.dataset.splits) * row
     kept = host.memory.layout.bytes * host.dataset.clients
-    own = min(budget, stored // hosts) + kept // hosts
-    server = 2 * sum(leaf.nbytes for _, leaf in leaves(state))
-    return base + server + (own if fleet.comm.size == 1 else 0), base + own
+    busy = resident_bytes() + min(budget, stored // hosts) + kept // hosts
+    return (busy if fleet.comm.size == 1 else idle) + server, busy + buffers
 
 
-def _one_step(host: Host, ask: Ask) -> None:
-    work = host.works[ask.work]
+def _one_batch(host: Host, work: ClientWork, shared: Tree) -> None:
     rows = work.batches.size or BLOCK
     stored = {name: column.to(host.device) for name, column in blank_columns(host.dataset.features, rows).items()}
     client = host.blank_client(rows)
-    carry = work.start(ask.shared, client)
+    carry = work.start(shared, client)
     for batch in batches(stored, host.dataset.features, replace(work.batches, epochs=1, steps=1), 0):
-        carry = work.step(ask.shared, client, carry, batch)
+        carry = work.step(shared, client, carry, batch)
 
 
 def show_plan(
@@ -131,6 +132,7 @@ def show_plan(
     state: Tree,
     cohort_of: Callable[[int], Cohort],
     rounds: int,
+    score: ClientWork,
     budget: int,
     console: Console,
 ) -> None:
@@ -143,7 +145,7 @@ def show_plan(
             f"round {number}: {plan.clients.sum()} clients, {plan.steps.sum()} steps, "
             f"{plan.bytes_down} bytes down, {plan.bytes_up} bytes up"
         )
-    server, host = expected_memory(fleet, state, budget)
+    server, host = expected_memory(fleet, algorithm, state, score, budget)
     if fleet.comm.size == 1:
         console.say(f"memory: about {readable_bytes(server)} in this process")
     else:

@@ -22,10 +22,8 @@ class RunFolder:
     """A new folder for one run. Raises UserError when `out` already holds something: nothing is overwritten."""
 
     def __init__(self, job: Job) -> None:
-        name = job.run.out or f"runs/{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(name)
-        if not job.run.out:
-            self.path = _free(self.path)
+        self.path = Path(job.run.out) if job.run.out else default_folder(job)
+        name = str(self.path)
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"run.out is '{name}', which already exists; remove it or choose another run.out")
@@ -46,8 +44,7 @@ class RunFolder:
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; its presence says that the run is complete."""
-        text = json.dumps(summary, indent=2) + "\n"
-        _replace(self.path / "summary.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_json(self.path / "summary.json", summary)
         self._metrics.close()
 
 
@@ -86,13 +83,20 @@ class Totals:
         }
 
 
-def _free(path: Path) -> Path:
-    """The path itself, or with a number behind it while it is taken (two runs in one second)."""
-    number, candidate = 1, path
+def default_folder(job: Job) -> Path:
+    """runs/NAME-TIME, with a number behind it while that is taken (two runs in one second)."""
+    first = candidate = Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
     while candidate.exists():
         number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
+        candidate = first.with_name(f"{first.name}-{number}")
     return candidate
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    _replace(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Any) -> None:

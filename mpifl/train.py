@@ -13,6 +13,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
 from mpifl.plan import PlanFleet, show_plan
 from mpifl.rand import fold, sample
-from mpifl.results import RunFolder, Totals, hardware, versions
+from mpifl.results import RunFolder, Totals, default_folder, hardware, versions, write_json
 from mpifl.scoring import Scorer, score_state
 from mpifl.tree import Tree, digest
 from mpifl.work import Cohort
@@ -78,17 +79,24 @@ class Session:
             exact=job.comm.sum == "exact",
             check=job.engine.check,
         )
+        for work in works:
+            host.source.examples(work.batches)  # a split that is not there is refused before training
         return Session(job, comm, parts, scorer, baselines, host)
+
+    @cached_property
+    def population(self) -> tuple[int, float]:
+        """Clients that can train at all, and the sum of their weights: constants of the dataset."""
+        algorithm = self.parts.algorithm
+        sizes, trained = self.parts.dataset.sizes("train"), algorithm.works[-1].batches
+        able = sizes[trained.steps_of(sizes) > 0]
+        weight = trained.examples_used(able).sum() if algorithm.weighting == "examples" else len(able)
+        return len(able), float(weight)
 
     def cohort(self, round: int, fleet: Fleet) -> Cohort:
         """This round's clients: uniform without replacement, a function of (seed, round)."""
-        dataset, algorithm = self.parts.dataset, self.parts.algorithm
-        sizes = dataset.sizes("train")
-        trained = algorithm.works[-1].batches
-        able = trained.steps_of(sizes) > 0
-        weights = trained.examples_used(sizes) if algorithm.weighting == "examples" else np.ones(len(sizes))
-        ids = sample(fold(self.job.seed, "cohort", round), dataset.clients, self.job.cohort or dataset.clients)
-        return Cohort(round, ids, int(able.sum()), float(weights[able].sum()), fleet.ask)
+        clients = self.parts.dataset.clients
+        ids = sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
+        return Cohort(round, ids, *self.population, fleet.ask)
 
 
 def run(
@@ -108,13 +116,12 @@ def run(
     job = agree(comm, lambda: job if isinstance(job, Job) else _load(job, overrides))
     if job.seeds == 1:
         return _run_one(job, comm, clock, console)
-    summaries = []
+    base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
     for seed in range(job.seed, job.seed + job.seeds):
-        out = f"{job.run.out}/seed-{seed}" if job.run.out else ""
-        one = dataclasses.replace(job, seed=seed, seeds=1, run=dataclasses.replace(job.run, out=out))
         console.say(f"seed {seed}")
-        summaries.append(_run_one(one, comm, clock, console))
-    return _over_seeds(summaries, console) if comm.rank == 0 else None
+        settings = dataclasses.replace(job.run, out=str(base / f"seed-{seed}"))
+        summaries.append(_run_one(dataclasses.replace(job, seed=seed, seeds=1, run=settings), comm, clock, console))
+    return _over_seeds(summaries, base, console) if comm.rank == 0 else None
 
 
 def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
@@ -159,9 +166,8 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
             cohort = session.cohort(round, fleet)
             clock.enter("server")
             new = algorithm.round(state, cohort)
-            if cohort.latest.count:  # nobody trained: the state stays as it was
-                state = new
-            fleet.accepted = round
+            if cohort.latest.count:  # else nobody trained, and everything stays as it was
+                state, fleet.accepted = new, round
             record = _record(round, cohort, fleet)
             if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
                 with clock.booked("evaluate"):
@@ -278,17 +284,18 @@ def _conclude(summary: dict[str, Any], console: Console) -> None:
     console.table([*rows, ("results", summary["out"])])
 
 
-def _over_seeds(summaries: list[dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Mean and sample deviation of every score over seeds."""
-    scores = {name: [s["scores"][name] for s in summaries] for name in summaries[0]["scores"]}
-    spread = {
-        name: {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
-        for name, values in scores.items()
-    }
-    console.table(
-        [(f"{name}, {len(summaries)} seeds", f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in spread.items()]
-    )
-    return {"seeds": summaries, "scores": spread}
+def _over_seeds(summaries: list[dict[str, Any]], folder: Path, console: Console) -> dict[str, Any]:
+    """Mean and sample deviation of every score over seeds, printed and written beside the seeds' folders."""
+    each = [s["scores"] | {f"accuracy, {name}": value for name, value in s["baselines"].items()} for s in summaries]
+    spread = {}
+    for name in each[0]:
+        values = [scores[name] for scores in each]
+        spread[name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+    rows = [(name, f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in spread.items()]
+    console.table([(f"{len(summaries)} seeds", "mean ± deviation"), *rows, ("results", str(folder))])
+    summary = {"scores": spread, "seeds": summaries}
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def _device(job: Job, comm: World | Alone) -> torch.device:
@@ -314,7 +321,7 @@ def dry_run(path: str | Path, overrides: Sequence[str], comm: World | Alone) -> 
     state = session.parts.algorithm.init(session.parts.model.init(fold(job.seed, "init")))
     budget = job.data.cache_mb << 20
     cohort_of = lambda round: session.cohort(round, fleet)  # noqa: E731
-    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, budget, console)
+    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, session.scorer.central, budget, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

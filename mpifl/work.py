@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpifl.config import UserError
+from mpifl.config import UserError
 from mpifl.tree import Tree, tree_map
 
 
@@ -48,6 +49,13 @@ class Batching:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise UserError(f"batches {option} is {value}; it must be at least {least}")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        for name, least in (("size", 0), ("epochs", 1), ("steps", 1), ("max_examples", 1), ("max_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"batches {name} is {value}; it must be at least {least}")
 
     def examples_used(self, examples: np.ndarray | int) -> np.ndarray | int:
         """Examples of a client that take part, from the number it has."""

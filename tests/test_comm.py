@@ -111,3 +111,30 @@ def test_elements_beyond_2gib_travel_down(world):
         buffer[[1 << 30, 1 << 31, -1]] = 1, 2, 3
     world.bcast(buffer)
     assert buffer[[1 << 30, 1 << 31, -1]].tolist() == [1, 2, 3]
+
+
+@pytest.mark.mpi(ranks=3)
+def test_open_mpi_reduces_in_pieces_of_a_megabyte(world):
+    if "Open MPI" not in world.library:
+        pytest.skip(f"needs Open MPI, runs on {world.library}")
+    sizes = []
+    reduce = type(world._world).Reduce
+    world._world = _Watched(world._world, lambda *buffers, **options: (sizes.append(1), reduce(*buffers, **options)))
+    mine = np.full(3 * 131_072 + 5, world.rank + 1.0)
+    world.arrive()
+    world.reduce(mine)
+    assert len(sizes) == 4
+    assert world.rank or (mine == 6.0).all()
+
+
+class _Watched:
+    """A communicator whose Reduce is another function."""
+
+    def __init__(self, comm, reduce):
+        self._comm, self._reduce = comm, reduce
+
+    def Reduce(self, *buffers, **options):  # noqa: N802 - MPI's name
+        return self._reduce(self._comm, *buffers, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)

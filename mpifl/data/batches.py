@@ -90,7 +90,7 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
         order = chosen
         if batching.shuffle:
             order = chosen[permutation(fold(key, "shuffle", epoch), used)]
-        index = torch.from_numpy(order)
+        index = torch.from_numpy(order).to(next(iter(columns.values())).device)
         rows = columns
         if batching.shuffle or used < stored:
             rows = {name: column.index_select(0, index) for name, column in columns.items()}
@@ -101,7 +101,7 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
             if step == steps:
                 return
             batch = {name: aligned(value[start : start + size]) for name, value in inputs.items()}
-            batch["key"] = as_tensor(fold(key, "step", step))
+            batch["key"] = as_tensor(fold(key, "step", step)).to(index.device)
             yield batch
             step += 1
         epoch += 1

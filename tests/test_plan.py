@@ -1,0 +1,55 @@
+"""The plan is what happens: steps, clients and bytes exactly, memory within a quarter."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mpifl.config import to_toml
+
+TESTS = Path(__file__).parent
+ENV = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+pytestmark = pytest.mark.launches
+
+ALGORITHMS = {
+    "fedavg": {"name": "fedavg", "batches": {"size": 4, "epochs": 2}},
+    "scaffold": {"name": "scaffold", "batches": {"size": 4}},
+    "mime": {"name": "mime", "batches": {"size": 4}},
+    "hypcluster": {"name": "hypcluster", "batches": {"size": 4}},
+}
+
+
+def planned(text):
+    """{(round, quantity): number} and the promised MiB, as printed."""
+    figures = {}
+    for match in re.finditer(r"round (\d+): (\d+) clients, (\d+) steps, (\d+) bytes down, (\d+) bytes up", text):
+        round, *numbers = map(int, match.groups())
+        figures |= {(round, name): n for name, n in zip(("clients", "steps", "bytes_down", "bytes_up"), numbers)}
+    memory = [float(size) for size in re.findall(r"([\d.]+) MiB", text)]
+    return figures, memory
+
+
+@pytest.mark.parametrize("algorithm, ranks", [*((algorithm, 4) for algorithm in ALGORITHMS), ("mime", None)])
+def test_plan_equals_what_the_run_counts(launch, tmp_path, algorithm, ranks):
+    job = tmp_path / "job.toml"
+    table = {
+        "rounds": 2,
+        "cohort": 7,
+        "data": {"path": "parts:awkward_dataset"},
+        "model": {"name": "parts:net_with_dropout"},
+        "algorithm": ALGORITHMS[algorithm],
+        "run": {"out": str(tmp_path / "out")},
+    }
+    job.write_text(to_toml(table))
+    plan = launch(ranks, "-m", "mpifl.train", job, "--dry-run", env=ENV)
+    assert (plan.returncode, plan.stderr) == (0, "")
+    assert not (tmp_path / "out").exists()
+    assert launch(ranks, "-m", "mpifl.train", job, env=ENV).returncode == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    figures, memory = planned(plan.stdout)
+    counted = {(r["round"], name): r[name] for r in records for name in ("clients", "steps", "bytes_down", "bytes_up")}
+    assert figures == counted
+    resident = json.loads((tmp_path / "out" / "summary.json").read_text())["resident_bytes"]
+    for expected, measured in zip(memory, resident):
+        assert expected * 2**20 == pytest.approx(measured, rel=0.25)
