@@ -79,8 +79,6 @@ class Session:
             exact=job.comm.sum == "exact",
             check=job.engine.check,
         )
-        for work in works:
-            host.source.examples(work.batches)  # a split that is not there is refused before training
         return Session(job, comm, parts, scorer, baselines, host)
 
     @cached_property

@@ -118,7 +118,6 @@ class Host:
             steps=steps,
             examples=examples,
             resident_bytes=resident_bytes(),
-            staged=self.memory.bytes,
         )
         return total.buffers
 

@@ -42,7 +42,6 @@ ROW = (
     "over_client",
     "over_leaf",
     "resident_bytes",
-    "staged",
 )
 """What each rank reports beside its peaks; clients as index + 1, 0 for none."""
 
