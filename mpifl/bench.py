@@ -1,6 +1,6 @@
 """Benchmarks: `python -m mpifl.bench FAMILY`; with no family, it lists them.
 
-Contestants of a case run in turn (A B A B ...), so that a slow minute of the machine hits all of them, and
+The contestants of a case run in turn (A B A B ...), so that a slow minute of the machine hits all of them, and
 medians are compared.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -24,42 +24,60 @@ from mpifl.comm import Alone, World
 from mpifl.config import UserError, choice
 from mpifl.console import Console
 from mpifl.data.shard import Feature
-from mpifl.engine.serial import visit
+from mpifl.engine.serial import keep_freed_memory, visit
 from mpifl.launch import Parser, command
-from mpifl.model import from_module
-from mpifl.models.cnn import emnist_conv
+from mpifl.model import Model, from_module
+from mpifl.models.cnn import EmnistConv
 from mpifl.models.linear import mlp
 from mpifl.optim import sgd
 from mpifl.rand import as_tensor, fold
 from mpifl.results import hardware, versions
 from mpifl.tree import Tree
-from mpifl.work import Batching, Client
+from mpifl.work import Batching, Client, Upload
 
 Case = dict[str, Any]
-"""One row of a table, and one line of JSON: "case" says what was measured, the other keys carry their units."""
+"""A row of the table and a line of JSON: `case` says what was measured, the other names carry their units."""
 
 EMNIST = {"x": Feature("float32", (28, 28)), "y": Feature("int64", (), classes=62)}
-STEP_MODELS = {"dense": (mlp, 100), "conv": (emnist_conv, 8)}
-"""Model factories, and how many steps of each take long enough to be timed."""
 BATCH, LR = 20, 0.01
 
 
-def step(options: argparse.Namespace) -> Iterator[Case]:
-    """The serial engine's SGD step against a plain hand-written loop: EMNIST nets, batch 20, one thread.
+class PlainConv(EmnistConv):
+    """The same net with torch's dropout, as one would write it."""
 
-    The mask keeps every row, so it changes nothing but the work; with a key, both loops drop out.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores, (B, 62)."""
+        x = F.relu(self.conv1(x.view(-1, 1, 28, 28)))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.dropout(x.flatten(1), 0.25, self.training)
+        x = F.dropout(F.relu(self.fc1(x)), 0.5, self.training)
+        return self.fc2(x)
+
+
+STEP_NETS = {"dense": (lambda: mlp(EMNIST), lambda: mlp(EMNIST), 100), "conv": (EmnistConv, PlainConv, 8)}
+"""Net for the engine, net for the hand-written loop, and how many steps take long enough to be timed."""
+
+
+def step(options: argparse.Namespace) -> Iterator[Case]:
+    """The serial engine's SGD step against a plain hand-written loop, in ms of CPU time, one thread.
+
+    EMNIST nets, batch 20; a visit's start and finish are included. Where batches have a mask (it keeps every row)
+    both loops honour it, and where they have a key both drop out.
     """
     torch.set_num_threads(1)
-    for name, (factory, steps) in STEP_MODELS.items():
+    keep_freed_memory()
+    for name, (net, plain, steps) in STEP_NETS.items():
+        model = from_module(net)
         for mask, key in ((False, False), (True, False), (False, True), (True, True)):
-            batches = _batches(steps, mask, key)
-            ours, hand = _engine_loop(factory, batches), _hand_loop(factory, batches, training=key)
-            ms_hand, ms_ours = (1e3 * seconds / steps for seconds in _medians(options.repeats, hand, ours))
-            extras = " + ".join(["mask"] * mask + ["key"] * key)
-            yield {"case": f"{name}, {extras or 'bare'}", "ms hand": ms_hand, "ms ours": ms_ours, "ratio": ms_ours / ms_hand}
+            batches = made_batches(steps, mask, key)
+            by_hand, by_engine = hand_loop(plain(), model, batches), engine_loop(model, batches)
+            hand, ours = (1e3 * seconds / steps for seconds in medians(options.repeats, by_hand, by_engine))
+            extras = " + ".join(["mask"] * mask + ["key"] * key) or "bare"
+            yield {"case": f"{name}, {extras}", "ms_hand": hand, "ms_ours": ours, "ratio": ours / hand}
 
 
-def _batches(steps: int, mask: bool, key: bool) -> list[Tree]:
+def made_batches(steps: int, mask: bool, key: bool) -> list[Tree]:
+    """Return batches of noise with the leaves asked for."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for number in range(steps):
@@ -68,66 +86,48 @@ def _batches(steps: int, mask: bool, key: bool) -> list[Tree]:
             "y": torch.randint(62, (BATCH,), generator=generator),
             "index": torch.arange(BATCH),
         }
-        if mask:
-            batch["mask"] = torch.ones(BATCH, dtype=torch.bool)
-        if key:
-            batch["key"] = as_tensor(fold(0, "step", number))
+        batch |= {"mask": torch.ones(BATCH, dtype=torch.bool)} if mask else {}
+        batch |= {"key": as_tensor(fold(0, "step", number))} if key else {}
         batches.append(batch)
     return batches
 
 
-def _engine_loop(factory: Callable[..., nn.Module], batches: list[Tree]) -> Callable[[], None]:
-    """A visit, as a host runs it: start, a step per batch, finish."""
-    model = from_module(lambda: factory(EMNIST))
+def engine_loop(model: Model, batches: list[Tree]) -> Callable[[], Upload]:
+    """Return a visit as a host runs it: start, a step per batch, finish."""
     work = local_training(model, Batching(size=BATCH), sgd(LR), 0.0, "examples")
     shared = {"theta": model.init(0), "lr": torch.tensor(LR)}
-    count = torch.tensor(float(BATCH * len(batches)))
-    client = Client(torch.tensor(0), as_tensor(0), count, {}, torch.tensor(0), {}, {})
+    examples = torch.tensor(float(BATCH * len(batches)))
+    client = Client(torch.tensor(0), as_tensor(0), examples, {}, torch.tensor(0), {}, {})
     return lambda: visit(work, shared, client, batches)
 
 
-def _hand_loop(factory: Callable[..., nn.Module], batches: list[Tree], training: bool) -> Callable[[], None]:
-    """What one would write without mpifl; dropout is torch's own."""
-    net: nn.Module = HandConv() if factory is emnist_conv else factory(EMNIST)
-    net.train(training)
+def hand_loop(net: nn.Module, model: Model, batches: list[Tree]) -> Callable[[], list[nn.Parameter]]:
+    """Return what one would write without mpifl, from the same start."""
+    net.load_state_dict(model.state_dict(model.init(0)))
+    net.train("key" in batches[0])
     parameters, first = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
 
-    def loop() -> None:
+    def loop() -> list[nn.Parameter]:
         with torch.no_grad():
             torch._foreach_copy_(parameters, first)
         for batch in batches:
-            gradients = torch.autograd.grad(_hand_loss(net(batch["x"]), batch), parameters)
+            grads = torch.autograd.grad(_plain_loss(net(batch["x"]), batch), parameters)
             with torch.no_grad():
-                torch._foreach_sub_(parameters, gradients, alpha=LR)
+                torch._foreach_sub_(parameters, grads, alpha=LR)
+        return parameters
 
     return loop
 
 
-def _hand_loss(scores: Tensor, batch: Tree) -> Tensor:
+def _plain_loss(scores: Tensor, batch: Tree) -> Tensor:
     if "mask" not in batch:
         return F.cross_entropy(scores, batch["y"])
-    mask = batch["mask"]
-    return (F.cross_entropy(scores, batch["y"], reduction="none") * mask).sum() / mask.sum()
+    losses = F.cross_entropy(scores, batch["y"], reduction="none")
+    return (losses * batch["mask"]).sum() / batch["mask"].sum()
 
 
-class HandConv(nn.Module):
-    """The EMNIST net of mpifl/models/cnn.py with torch's dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3)
-        self.fc1, self.fc2 = nn.Linear(64 * 12 * 12, 128), nn.Linear(128, 62)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv1(x.view(-1, 1, 28, 28)))
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = F.dropout(x.flatten(1), 0.25, self.training)
-        x = F.dropout(F.relu(self.fc1(x)), 0.5, self.training)
-        return self.fc2(x)
-
-
-def _medians(repeats: int, *contestants: Callable[[], None]) -> list[float]:
-    """Median seconds of each, run in turn after one run that is not counted."""
+def medians(repeats: int, *contestants: Callable[[], Any]) -> list[float]:
+    """Median CPU seconds of each, run in turn, after one run that does not count."""
     seconds: list[list[float]] = [[] for _ in contestants]
     for repeat in range(repeats + 1):
         for run, spent in zip(contestants, seconds):
@@ -141,16 +141,17 @@ def _medians(repeats: int, *contestants: Callable[[], None]) -> list[float]:
 FAMILIES: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {"step": step}
 
 
-def report(family: str, cases: Iterator[Case], json_file: str | None, console: Console) -> None:
-    """Print a table of the cases, a row as soon as it is measured; append them to a file as JSON lines."""
-    machine = {"versions": versions("none"), "hardware": hardware(torch.device("cpu"))}
+def report(family: str, cases: Iterator[Case], comm: World | Alone, file: TextIO | None) -> None:
+    """Print a table of the cases, each row when it is measured, and write them to `file` as JSON lines."""
+    console = Console()
+    machine = {"versions": versions(comm.library), "hardware": hardware(torch.device("cpu"))}
     for number, case in enumerate(cases):
+        figures = {name: value for name, value in case.items() if name != "case"}
         if number == 0:
-            console.say(f"{'':<24}" + "".join(f"{column:>12}" for column in case if column != "case"))
-        console.say(f"{case['case']:<24}" + "".join(f"{v:>12.3f}" for k, v in case.items() if k != "case"))
-        if json_file:
-            with Path(json_file).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"family": family} | case | machine) + "\n")
+            console.say(f"{family:<20}" + "".join(f"{name.replace('_', ' '):>12}" for name in figures))
+        console.say(f"{case['case']:<20}" + "".join(f"{value:>12.3f}" for value in figures.values()))
+        if file:
+            print(json.dumps({"family": family} | case | machine), file=file, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,28 +160,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
-    name = arguments[0] if arguments else "--help"
+    name, *rest = arguments or ["--help"]
     if name.startswith("-"):
-        listed = "\n".join(f"  {family:<8}{function.__doc__.splitlines()[0]}" for family, function in FAMILIES.items())
-        parser = Parser(
-            prog="python -m mpifl.bench",
-            usage="python -m mpifl.bench FAMILY [options]",
-            description=f"Measure a family of cases:\n{listed}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.read(comm, arguments or ["--help"])
+        _general_parser().read(comm, arguments or ["--help"])
         return
     family = FAMILIES[choice(name, FAMILIES, "benchmark")]
     parser = Parser(prog=f"python -m mpifl.bench {name}", description=family.__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="runs of each contestant (15)")
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line per case")
-    options = parser.read(comm, arguments[1:])
+    parser.add_argument("--repeats", type=int, default=15, help="runs of each contestant (default 15)")
+    parser.add_argument("--json", metavar="FILE", help="append one JSON line per case to FILE")
+    options = parser.read(comm, rest)
     if options is None:
         return
     if options.repeats < 1:
         raise UserError(f"--repeats is {options.repeats}; it must be at least 1")
     if comm.rank == 0:
-        report(name, family(options), options.json, Console())
+        file = _opened(options.json) if options.json else None
+        report(name, family(options), comm, file)
+
+
+def _general_parser() -> Parser:
+    listed = [f"  {name:<8}{function.__doc__.splitlines()[0]}" for name, function in FAMILIES.items()]
+    return Parser(
+        prog="python -m mpifl.bench",
+        usage="python -m mpifl.bench FAMILY [options]",
+        description="\n".join(["Measure a family of cases:", *listed]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _opened(path: str) -> TextIO:
+    try:
+        return Path(path).open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json is '{path}', which cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -140,8 +140,6 @@ def _model(job: Job, features: dict[str, Any]) -> Model:
     name, inputs = table.pop("name"), table.pop("inputs", "x")
     loss = named(table.pop("loss", "cross_entropy"), LOSSES, "loss")
     function = named(name, MODELS, "model")
-    if inputs not in features:
-        raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
 
     def factory() -> Any:
         return construct(function, table, name, features=features)
@@ -150,6 +148,8 @@ def _model(job: Job, features: dict[str, Any]) -> Model:
         made = factory()
     if isinstance(made, Model):
         return made
+    if inputs not in features:
+        raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
     model = from_module(factory, loss, inputs)
     batch = to_inputs(blank_columns(features), features) | {"key": as_tensor(0)}
     refuse_changing_buffers(factory, batch, inputs)

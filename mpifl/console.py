@@ -103,7 +103,7 @@ def _output() -> TextIO:
     try:
         output = os.readlink(f"/proc/{launcher}/fd/1")
         if output.startswith(("/dev/pts/", "/dev/tty")):
-            return open(output, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
+            return open(output, "w", encoding="utf-8")
     except OSError:
         pass
     return _Pipe(sys.stdout)

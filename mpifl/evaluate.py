@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
-gc.disable()
-
 import dataclasses
 import json
 import sys
@@ -26,9 +22,6 @@ from mpifl.launch import Parser, agree, all_or_none, command
 from mpifl.scoring import score_central, score_clients
 from mpifl.train import Session
 
-gc.freeze()
-gc.enable()
-
 
 def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, dict[str, float]] | None:
     """Score every model in a run folder; returns {model: {metric: value}} on rank 0, also for single clients."""
@@ -46,7 +39,9 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
             central = score_central(fleet, session.scorer, theta)
             clients = score_clients(fleet, session.scorer, theta)
             scored[name] = central | _spread(clients, session.scorer.client_split)
-            console.say(f"{name}: {len(clients['examples'])} clients, each on its own '{session.scorer.client_split}' rows")
+            console.say(
+                f"{name}: {len(clients['examples'])} clients, each on its own '{session.scorer.client_split}' rows"
+            )
             console.table([(key, f"{value:.4f}") for key, value in scored[name].items()])
         fleet.stop()
         return scored
@@ -82,7 +77,9 @@ def _models(folder: Path, session: Session) -> dict[str, Tensor]:
         except KeyError as error:
             raise UserError(f"{file} has no parameter {error}; was it made by another job?") from None
         if len(vectors[file.stem]) != session.parts.model.size:
-            raise UserError(f"{file} has {len(vectors[file.stem])} parameters, the job's model {session.parts.model.size}")
+            raise UserError(
+                f"{file} has {len(vectors[file.stem])} parameters, the job's model {session.parts.model.size}"
+            )
     return vectors
 
 

@@ -1,20 +1,14 @@
 """A question to a cohort, carried over the ranks: one header, one Scatter, one Bcast down, one Reduce up.
 
-Rank 0 owns a `Fleet`; every other rank sits in `serve`. Both see the same few messages:
-
-    header   16 int64: command, work, round, last accepted round, layout, sizes
-    layout   names, dtypes and shapes as JSON, only when this (shared, given) has not been seen before
-    table    row r: the ids rank r hosts in this ask (-1 pads), then what is given to each of them
-    buffer   [sum limits | shared], flat bytes, each leaf on a 64-byte line
-    answer   [update | weight | stats | count | one row per rank], summed
+Rank 0 owns a `Fleet`; every other rank sits in `serve`. What goes down is laid out in messages.py, what comes
+up, [update | weight | stats | count | one row per rank], in uplink/exact.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,13 +16,11 @@ import torch
 
 from mpifl.config import UserError
 from mpifl.engine.host import Ask, Host
+from mpifl.messages import ASK, MEMORY, ROWS, STOP, Header, Receiver, Sender, one_row, pack_digests, pack_rows
 from mpifl.placement import by_owner, longest_first
-from mpifl.tree import Layout, Tree, tree_map
+from mpifl.tree import Tree, tree_map
 from mpifl.uplink.exact import Answer, Wire, decode, fits, next_limits
 from mpifl.work import ClientWork, Sums
-
-_STOP, _ASK, _ROWS, _MEMORY = 0, 1, 2, 3
-_HEADER = 16
 
 
 @dataclass
@@ -73,7 +65,7 @@ class Fleet:
         self.resident_bytes: list[int] = []
         self._read = (comm.bytes_down, comm.bytes_up)
         self._homes: dict[int, int] = {}
-        self._layouts: dict[bytes, int] = {}
+        self._sender = Sender(comm)
 
     def begin(self, round: int) -> None:
         """Start a round: clients may be placed anew."""
@@ -91,29 +83,29 @@ class Fleet:
     def ask(self, work: ClientWork, ids: np.ndarray, given: Tree | None, shared: Tree) -> Sums:
         """Have every client in `ids`, (n,) int64, do `work`; returns the exact sums over those that counted."""
         index, given, shared = self._index(work), given or {}, tree_map(torch.as_tensor, shared)
-        wire = self.host.wire(index, shared, _one_row(given))
+        wire = self.host.wire(index, shared, one_row(given))
         name = f"{index}:{'|'.join(wire.names)}"
         limits = np.asarray(self.limits.get(name) or wire.first_limits())
+        question = Ask(index, self.round, ids, shared, limits, len(ids), given)
         home = self._place(work, ids)
-        while True:
-            answer = self._once(index, wire, ids, home, given, shared, limits)
-            self._count(answer)
-            if not wire.exact or fits(limits, answer.peaks, len(ids)):
-                break
+        answer = self._once(question, home, wire)
+        while wire.exact and not fits(question.limits, answer.peaks, len(ids)):
             self._tell_repeat(wire, answer)
-            limits = next_limits(wire, limits, answer.peaks, len(ids))
+            limits = next_limits(wire, question.limits, answer.peaks, len(ids))
+            question = replace(question, limits=limits, attempt=question.attempt + 1)
+            answer = self._once(question, home, wire)
+        self._count(answer)
         self._refuse_bad(work, wire, answer)
-        self.limits[name] = next_limits(wire, limits, answer.peaks, len(ids)).tolist()
-        self.traffic.excluded += int(answer.rows["excluded"].sum())
+        self.limits[name] = next_limits(wire, question.limits, answer.peaks, len(ids)).tolist()
         return answer.sums
 
     def rows(self, work: ClientWork, ids: np.ndarray, shared: Tree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return (ids (n,), {"weight": (n,), stat: (n,)}) per client that ran `work`, in order of id, unsummed."""
         index = self._index(work)
         wire = self.host.wire(index, shared, {})
-        home = self._place(work, ids)
-        ask = self._send(_ROWS, index, ids, home, {}, shared, wire.first_limits())
-        gathered = self.comm.gather(_pack_rows(*self.host.rows(ask))).view(np.float64).reshape(-1, 1 + sum(wire.small))
+        question = Ask(index, self.round, ids, shared, wire.first_limits(), len(ids))
+        mine = self.host.rows(self._send(ROWS, question, self._place(work, ids)))
+        gathered = self.comm.gather(pack_rows(*mine)).view(np.float64).reshape(-1, 1 + sum(wire.small))
         gathered = gathered[np.argsort(gathered[:, 0], kind="stable")]
         names = ["weight", *(leaf.name for leaf in wire.stats.leaves)]
         columns = np.split(gathered[:, 1:], np.cumsum(wire.small)[:-1], axis=1)
@@ -123,15 +115,15 @@ class Fleet:
         """Return one sha256 over all clients' memory in order of client, "" when none is kept."""
         if not self.host.memory.kept:
             return ""
-        self._header(_MEMORY)
+        Header(MEMORY, self.round, self.accepted).announce(self.comm)
         self.host.settle(self.round, self.accepted)
-        packed = self.comm.gather(_pack_digests(self.host))
+        packed = self.comm.gather(pack_digests(self.host.memory.digests()))
         entries = sorted(bytes(entry) for entry in packed.reshape(-1, 40))  # a client's number comes first
         return hashlib.sha256(b"".join(entries)).hexdigest()
 
     def stop(self) -> None:
         """Let the hosts go."""
-        self._header(_STOP)
+        Header(STOP, self.round, self.accepted).announce(self.comm)
 
     def _index(self, work: ClientWork) -> int:
         for index, known in enumerate(self.works):
@@ -155,65 +147,27 @@ class Fleet:
             self._homes.update(zip(new.tolist(), (first + longest_first(steps, hosts)).tolist()))
         return np.asarray([self._homes[id] for id in ids.tolist()], dtype=np.int64)
 
-    def _once(
-        self,
-        index: int,
-        wire: Wire,
-        ids: np.ndarray,
-        home: np.ndarray,
-        given: Tree,
-        shared: Tree,
-        limits: np.ndarray,
-    ) -> Answer:
-        ask = self._send(_ASK, index, ids, home, given, shared, limits)
-        buffers = self.host.answer(ask)
+    def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
+        buffers = self.host.answer(self._send(ASK, question, home))
         _reduce(self.comm, self.host, buffers)
         with self.host.clock.during("server"):
-            return decode(wire, buffers)
+            answer = decode(wire, buffers)
+        self._time(answer)
+        return answer
 
-    def _send(
-        self,
-        command: int,
-        index: int,
-        ids: np.ndarray,
-        home: np.ndarray,
-        given: Tree,
-        shared: Tree,
-        limits: np.ndarray,
-    ) -> Ask:
-        """Send one question down and return rank 0's own part of it."""
-        comm, host = self.comm, self.host
-        with host.clock.during("send"):
-            tree = {"limits": torch.from_numpy(limits), "shared": shared}
-            down, per_client = Layout.of(tree), Layout.of(_one_row(given))
-            text = b"[" + down.to_json() + b"," + per_client.to_json() + b"]"
-            known = text in self._layouts
-            layout = self._layouts.setdefault(text, len(self._layouts))
-            members = [np.flatnonzero(home == rank) for rank in range(comm.size)]
-            width = max(map(len, members))
-            self._header(command, index, len(ids), width, layout, 0 if known else len(text))
-            host.settle(self.round, self.accepted)
-            if not known:
-                comm.bcast(np.frombuffer(text, dtype=np.uint8).copy())
-            row = _table_layout(per_client, width)
-            table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)
-            for packed, rows in zip(table, members):
-                _fill_row(row.views(packed), ids[rows], tree_map(lambda leaf, rows=rows: leaf[rows], given))
-            mine = row.empty()
-            comm.scatter(table.numpy(), mine.numpy())
-            buffer = down.pack(tree, down.empty())
-            comm.bcast(buffer.numpy())
-        return _read_ask(index, self.round, len(ids), row.views(mine), down.views(buffer))
-
-    def _header(self, command: int, *rest: int) -> None:
-        header = np.zeros(_HEADER, dtype=np.int64)
-        header[: 3 + len(rest)] = (command, self.round, self.accepted, *rest)
-        self.comm.announce(header)
+    def _send(self, command: int, question: Ask, home: np.ndarray) -> Ask:
+        with self.host.clock.during("send"):
+            mine = self._sender.send(command, question, home, self.accepted)
+        self.host.settle(self.round, self.accepted)
+        return mine
 
     def _count(self, answer: Answer) -> None:
+        """Note what an accepted answer took; a first attempt whose grid did not fit counts for nothing but time."""
+        for name in ("steps", "examples", "excluded"):
+            setattr(self.traffic, name, getattr(self.traffic, name) + int(answer.rows[name].sum()))
+
+    def _time(self, answer: Answer) -> None:
         rows, traffic = answer.rows, self.traffic
-        traffic.steps += int(rows["steps"].sum())
-        traffic.examples += int(rows["examples"].sum())
         traffic.busy = traffic.busy + rows["busy"]
         self.resident_bytes = rows["resident_bytes"].astype(np.int64).tolist()
         for phase in ("load", "train", "sum"):
@@ -252,34 +206,20 @@ class Fleet:
 
 def serve(comm: Any, host: Host) -> None:
     """Answer rank 0's questions until it says stop."""
-    layouts: list[tuple[Layout, Layout]] = []
-    header = np.zeros(_HEADER, dtype=np.int64)
+    receiver = Receiver(comm)
     while True:
         host.clock.enter("wait")
-        comm.announce(header)
-        command, round, accepted, index, clients, width, layout, text_bytes = header[:8].tolist()
-        host.settle(round, accepted)
-        if command == _STOP:
-            return
-        if command == _MEMORY:
-            comm.gather(_pack_digests(host))
-            continue
+        header = Header.await_from(comm)
         host.clock.enter("receive")
-        if text_bytes:
-            text = np.empty(text_bytes, dtype=np.uint8)
-            comm.bcast(text)
-            down, given = json.loads(text.tobytes())
-            layouts.append((Layout.from_json(json.dumps(down)), Layout.from_json(json.dumps(given))))
-        down, per_client = layouts[layout]
-        row = _table_layout(per_client, width)
-        mine, buffer = row.empty(), down.empty()
-        comm.scatter(None, mine.numpy())
-        comm.bcast(buffer.numpy())
-        ask = _read_ask(index, round, clients, row.views(mine), down.views(buffer))
-        if command == _ROWS:
-            comm.gather(_pack_rows(*host.rows(ask)))
+        host.settle(header.round, header.accepted)
+        if header.command == STOP:
+            return
+        if header.command == MEMORY:
+            comm.gather(pack_digests(host.memory.digests()))
+        elif header.command == ROWS:
+            comm.gather(pack_rows(*host.rows(receiver.receive(header))))
         else:
-            _reduce(comm, host, host.answer(ask))
+            _reduce(comm, host, host.answer(receiver.receive(header)))
 
 
 def _reduce(comm: Any, host: Host, buffers: list[torch.Tensor]) -> None:
@@ -288,40 +228,3 @@ def _reduce(comm: Any, host: Host, buffers: list[torch.Tensor]) -> None:
     with host.clock.during("reduce"):
         for buffer in buffers:
             comm.reduce(buffer.numpy())
-
-
-def _table_layout(given: Layout, width: int) -> Layout:
-    """One rank's row of the table: ids (width,), and what is given to each, (width, ...)."""
-    rows = [
-        ("id", torch.int64, (width,)),
-        *((f"z.{g.name}", g.dtype, (width, *g.shape)) for g in given.leaves),
-    ]
-    return Layout.place(rows)
-
-
-def _one_row(given: Tree) -> Tree:
-    """What one client is given, from leaves (n, ...)."""
-    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), given)
-
-
-def _fill_row(row: Tree, ids: np.ndarray, given: Tree) -> None:
-    """Write one rank's ids, (n,), and given leaves, (n, ...), into views of its table row, (width, ...) each."""
-    row["id"].fill_(-1)
-    row["id"][: len(ids)] = torch.from_numpy(ids)
-    tree_map(lambda slots, leaf: slots[: len(ids)].copy_(leaf), row.get("z", {}), given)
-
-
-def _read_ask(index: int, round: int, clients: int, row: Tree, down: Tree) -> Ask:
-    ids = row["id"].numpy()
-    ids = ids[ids >= 0]
-    given = tree_map(lambda slots: slots[: len(ids)], row.get("z", {}))
-    return Ask(index, round, ids, down.get("shared", {}), down["limits"].numpy(), clients, given)
-
-
-def _pack_rows(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.concatenate([ids[:, None].astype(np.float64), values], axis=1).reshape(-1).view(np.uint8)
-
-
-def _pack_digests(host: Host) -> np.ndarray:
-    entries = [client.to_bytes(8, "big") + sha for client, sha in host.memory.digests()]
-    return np.frombuffer(b"".join(entries), dtype=np.uint8)

@@ -80,7 +80,7 @@ def _optimizer(
 
     def move(theta: Tensor, grad: Tensor, state: Tree) -> Tensor:
         if weight_decay and decoupled:
-            theta = torch.mul(theta, 1.0 - weight_decay * state["lr"], out=_in_place(theta, state["lr"]))
+            theta = torch.mul(theta, 1.0 - weight_decay * state["lr"], out=_in_place(theta))
         return _add_product(theta, rule.direction(grad, state), state["lr"], -1.0)
 
     def step(theta: Tensor, grad: Tensor, state: Tree) -> Tensor:
@@ -112,20 +112,19 @@ def _positive(option: str, value: float) -> float:
     return checked(option, value, "a number above 0", lambda number: number > 0)
 
 
-def _in_place(target: Tensor, *others: Tensor) -> Tensor | None:
-    """Return the `out` of an operation on these: `target`, or under vmap, which knows no `out`, None."""
-    batched = any(torch._C._functorch.is_batchedtensor(tensor) for tensor in (target, *others))
-    return None if batched else target
+def _in_place(target: Tensor) -> Tensor | None:
+    """Return the `out` of an operation: `target`, or under vmap, which knows no `out`, None."""
+    return target if torch._C._functorch.peek_interpreter_stack() is None else None
 
 
 def _add_product(target: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.addcmul(target, a, b, value=scale, out=_in_place(target, a, b))
+    return torch.addcmul(target, a, b, value=scale, out=_in_place(target))
 
 
 def _heavy_ball(beta: float) -> _Rule:
     def first(grad: Tensor, state: Tree, overwrite: bool) -> Tree:
         m = state["m"]
-        return {"m": torch.add(grad, m, alpha=beta, out=_in_place(m, grad) if overwrite else None)}
+        return {"m": torch.add(grad, m, alpha=beta, out=_in_place(m) if overwrite else None)}
 
     return _Rule(lambda theta: {"m": torch.zeros_like(theta)}, first, direction=lambda _, state: state["m"])
 
@@ -156,7 +155,7 @@ def _adaptive(
 
     def first(grad: Tensor, state: Tree, overwrite: bool) -> Tree:
         m = state["m"]
-        m = torch.lerp(m, grad, 1.0 - beta1, out=_in_place(m, grad) if overwrite else None)
+        m = torch.lerp(m, grad, 1.0 - beta1, out=_in_place(m) if overwrite else None)
         return {"m": m} | heavier("m_weight", beta1, state)
 
     def second(grad: Tensor, state: Tree) -> Tree:
@@ -170,7 +169,7 @@ def _adaptive(
             root.mul_(m_weight / v_weight.sqrt()).add_(m_weight * eps)
         else:
             root.add_(eps)
-        return torch.div(m, root, out=_in_place(root, m))
+        return torch.div(m, root, out=_in_place(root))
 
     return _Rule(blank, first, second, direction)
 

@@ -97,7 +97,9 @@ class PlanFleet(Fleet):
         return wire.buffers()
 
 
-def expected_memory(fleet: PlanFleet, algorithm: Algorithm, state: Tree, score: ClientWork, budget: int) -> tuple[int, int]:
+def expected_memory(
+    fleet: PlanFleet, algorithm: Algorithm, state: Tree, score: ClientWork, budget: int
+) -> tuple[int, int]:
     """Return expected resident bytes of (rank 0, a host), after a round was planned.
 
     Measured as far as possible: what this process holds, before and after a real step of training and a real

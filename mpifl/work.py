@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mpifl.config import UserError
-from mpifl.config import UserError
 from mpifl.tree import Tree, tree_map
 
 
@@ -42,13 +41,6 @@ class Batching:
     max_steps: int | None = None
     split: str = "train"
     of: Literal["client", "block", "all"] = "client"
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a number out of range."""
-        for option, least in {"size": 0, "epochs": 1, "steps": 1, "max_examples": 1, "max_steps": 1}.items():
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise UserError(f"batches {option} is {value}; it must be at least {least}")
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""

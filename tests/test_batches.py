@@ -66,7 +66,7 @@ def test_steps_of_many_clients_are_those_of_each():
         (Batching(size=3, epochs=2), 7, 6),
         (Batching(size=3, epochs=2, drop_last=True), 7, 4),
         (Batching(size=3, epochs=2, drop_last=True), 2, 0),
-        (Batching(size=0, epochs=2), 7, 2),
+        (Batching(size=0, epochs=2), 77, 2),
         (Batching(size=3, steps=10), 7, 10),
         (Batching(size=3, steps=10), 0, 0),
         (Batching(size=3, steps=10, drop_last=True), 2, 0),

@@ -163,7 +163,7 @@ class Echo(Simulation):
     def ask(self, scale=1.0):
         """Ask all clients; returns (sums, repeated asks)."""
         self.fleet.begin(self.round)
-        everybody = np.arange(self.dataset.clients)
+        everybody = np.arange(self.dataset.clients)[::-1].copy()  # no result may depend on the order
         sums = self.fleet.ask(self.algorithm.works[0], everybody, None, {"scale": torch.tensor(scale)})
         self.fleet.accepted = self.round
         self.round += 1

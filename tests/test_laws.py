@@ -233,7 +233,7 @@ def test_scaffold_with_one_full_batch_is_gradient_descent():
 
 def test_a_control_is_the_mean_gradient_of_the_visits_steps():
     bench = BENCH.only([3, 5])
-    run = simulate(scaffold(MODEL, BATCHES, constant(LR)), bench.dataset, 1)
+    run = simulate(scaffold(MODEL, BATCHES, step(LR, every=1, factor=0.5)), bench.dataset, 1)
     theta, controls = run.theta, run.memory()["control"].numpy().astype(float)
     c = run.state["control"].numpy().astype(float)
     run.run()
@@ -241,7 +241,7 @@ def test_a_control_is_the_mean_gradient_of_the_visits_steps():
         y, gradients = theta, []
         for _ in range(k):
             gradients.append(bench.gradients(y)[i])
-            y = y - LR * (gradients[-1] - controls[i] + c)
+            y = y - 0.5 * LR * (gradients[-1] - controls[i] + c)
         close(run.memory()["control"][i], np.mean(gradients, axis=0), 1e-5)
 
 
@@ -526,6 +526,20 @@ def test_what_the_server_gives_reaches_the_client_it_is_meant_for():
     sums = run.fleet.ask(work, ids, given, {})
     assert float(sums.update["given"]) == 5e5 + 1e0 + 3e3
     assert sums.update["sum"].tolist() == [0.0 + 2 + 6, 1.0 + 3 + 7]
+
+
+def test_scratch_lasts_from_ask_to_ask_of_a_round_and_no_longer():
+    def finish(shared, client, carry):
+        found = torch.tensor(float("mine" in client.scratch))
+        return Upload({"found": found}, torch.ones(()), scratch={"mine": client.id})
+
+    work = ClientWork(lambda s, c: {}, lambda s, c, carry, b: carry, finish, BATCHES)
+    run = Simulation(fedavg(MODEL)._replace(works=(work,)), BENCH.dataset)
+    for round in (0, 1):
+        run.fleet.begin(round)
+        found = [float(run.fleet.ask(work, np.asarray(ids), None, {}).update["found"]) for ids in ([0, 1], [1, 3])]
+        run.fleet.accepted = round
+        assert found == [0.0, 1.0]
 
 
 def test_a_split_that_the_dataset_lacks_is_refused_at_the_start():

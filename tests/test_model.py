@@ -86,6 +86,7 @@ CASES = {
     "emnist_conv": (lambda: emnist_conv(IMAGES), (28, 28), 62),
     "tied, frozen, buffer": (Tied, (6,), 6),
     "unused": (Unused, (6,), 4),
+    "one parameter": (lambda: nn.Linear(6, 4, bias=False), (6,), 4),
 }
 
 

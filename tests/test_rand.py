@@ -100,6 +100,11 @@ def test_seeds_and_rounds_differ_everywhere():
     assert len(samples) == len(orders) == 400
 
 
+def test_neighbouring_keys_draw_independent_samples():
+    drawn = [set(sample(key, 10**6, 500).tolist()) for key in range(2**40, 2**40 + 4)]
+    assert max(len(a & b) for a, b in itertools.combinations(drawn, 2)) < 6
+
+
 # --- numbers and dropout ---------------------------------------------------------------------------------
 
 

@@ -5,10 +5,11 @@
     server:  theta   <- theta - server_lr mean_i (theta - theta_i)
              s       <- V(s; c)
 
-U moves with the statistics s held fixed, V moves only the statistics (`Optimizer.step`, and the
-statistics that `Optimizer.apply` returns). A base optimizer whose second moment starts at 0 (adam, yogi, adagrad) takes a
-huge first step: use fedadam and relatives.
-Both gradients of a step share batch and random key. c and `pseudo_grad` point uphill. All vectors are flat, (P,).
+U (`Optimizer.step`) moves with the statistics s held fixed, V moves only the statistics (those that `Optimizer.apply`
+returns). A base optimizer whose second moment starts at 0 (adam, yogi, adagrad) takes a huge first step: use fedadam
+and relatives. Both gradients of a step share batch and random key. c and `pseudo_grad` point uphill. c is the mean of
+the cohort, not of the population: the joint optimum is a fixed point under full participation.
+All vectors are flat, (P,).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpifl.config import choice
 from mpifl.data.batches import Source, batches, blank_columns
 from mpifl.engine.clock import Clock
-from mpifl.engine.serial import checked_visit, visit
+from mpifl.engine.serial import checked_visit, keep_freed_memory, visit
 from mpifl.engine.store import ClientMemory
 from mpifl.rand import as_tensor, fold
 from mpifl.tree import Layout, Tree, leaves, tree_map
@@ -37,6 +37,7 @@ class Ask:
     limits: np.ndarray
     clients: int
     given: Tree = field(default_factory=dict)
+    attempt: int = 0
 
 
 class Host:
@@ -67,7 +68,9 @@ class Host:
         self.device = torch.device(device)
         self.source = Source(dataset, budget, self.device)
         self.visit = checked_visit if check else visit
+        keep_freed_memory()
         self.scratch: dict[int, Tree] = {}
+        self.fresh_scratch: dict[int, Tree] = {}
         self.round = -1
         self._wires: dict[tuple[int, Layout, Layout], Wire] = {}
         self._blank_scratch: Tree = {}
@@ -88,9 +91,7 @@ class Host:
 
     def answer(self, ask: Ask) -> list[Tensor]:
         """Visit the clients one by one and return the buffers to reduce."""
-        if ask.round != self.round:
-            self.scratch.clear()
-            self.round = ask.round
+        self._turn(ask)
         self.clock.round = ask.round
         work = self.works[ask.work]
         one = tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), ask.given)
@@ -121,8 +122,18 @@ class Host:
         )
         return total.buffers
 
+    def _turn(self, ask: Ask) -> None:
+        """Bring scratch up to this ask: of earlier asks of the round, not of a first attempt at this one."""
+        if ask.attempt == 0:
+            self.scratch |= self.fresh_scratch
+        if ask.round != self.round:
+            self.scratch = {}
+            self.round = ask.round
+        self.fresh_scratch = {}
+
     def rows(self, ask: Ask) -> tuple[np.ndarray, np.ndarray]:
         """Visit the clients and return (ids (n,) int64, per-client [weight | stats] (n, S) float64) unsummed."""
+        self._turn(ask)
         work = self.works[ask.work]
         width = sum(self.wire(ask.work, ask.shared, {}).small)
         shared = tree_map(lambda leaf: leaf.to(self.device), ask.shared)
@@ -172,7 +183,7 @@ class Host:
         if self.memory.kept and upload.memory:
             self.memory.stage(id, upload.memory)
         if upload.scratch:
-            self.scratch[id] = upload.scratch
+            self.fresh_scratch[id] = upload.scratch
 
     def _blank_visit(self, work: int, shared: Tree, given: Tree) -> Upload:
         chosen = self.works[work]

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from mpifl.tree import Tree, leaves
 from mpifl.work import Client, ClientWork, Upload
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks of up to 30 MiB instead of handing them back to the system.
+
+    Freeing one such block raises its thresholds for good. Otherwise large temporaries are mapped and zeroed anew in
+    every step: the EMNIST conv net's takes 2 % longer with sgd, 6 % with adam, 14 % with yogi.
+    """
+    torch.empty(30 << 20, dtype=torch.uint8)
 
 
 def visit(work: ClientWork, shared: Tree, client: Client, batches: Iterable[Tree]) -> Upload:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpifl.config import UserError
-from mpifl.models.linear import classes_of
+from mpifl.models.linear import classes_of, input_shape
 from mpifl.rand import dropout
 
 
@@ -24,6 +24,7 @@ class EmnistConv(nn.Module):
         self.fc1, self.fc2 = nn.Linear(64 * 12 * 12, 128), nn.Linear(128, classes)
 
     def forward(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        """Scores, (B, classes); key, () int64, of the step in training, None in evaluation."""
         x = F.relu(self.conv1(x.view(-1, 1, 28, 28)))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = dropout(x.flatten(1), 0.25, key, salt=0)
@@ -33,7 +34,7 @@ class EmnistConv(nn.Module):
 
 def emnist_conv(features: dict[str, Any]) -> nn.Module:
     """EmnistConv for the dataset's number of classes; images must be 28x28."""
-    shape = tuple(features["x"].shape)
+    shape = input_shape(features)
     if shape not in ((28, 28), (1, 28, 28), (28, 28, 1)):
         raise UserError(f"model emnist_conv needs images of 28x28, this dataset has {shape}; use mlp or your own")
     return EmnistConv(classes_of(features))

@@ -12,7 +12,14 @@ from mpifl.config import UserError
 
 def flat_inputs(features: dict[str, Any]) -> int:
     """Number of inputs of one example of feature "x"."""
-    return math.prod(features["x"].shape)
+    return math.prod(input_shape(features))
+
+
+def input_shape(features: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of one example of feature "x"; UserError for a dataset without it."""
+    if "x" not in features:
+        raise UserError(f"this model reads column 'x'; the dataset has {', '.join(features)}: name a model of your own")
+    return tuple(features["x"].shape)
 
 
 def classes_of(features: dict[str, Any]) -> int:

@@ -122,7 +122,8 @@ def next_limits(wire: Wire, limits: np.ndarray, peaks: np.ndarray, clients: int)
     adapted = np.where(peaks > 0, _adapted(peaks), limits)
     first = wire.first_limits()
     statistic = np.arange(len(peaks)) >= len(wire.update.leaves)
-    generous = statistic & (spacing(first, clients) <= peaks * 2.0**-PRECISION)
+    # With a margin, so that a statistic that shrinks slowly has its own limit before the first fails to resolve it.
+    generous = statistic & (spacing(first, clients) <= peaks * 2.0 ** -(PRECISION + 4))
     return np.where(generous, np.maximum(adapted, first), adapted)
 
 

@@ -1,0 +1,134 @@
+"""How a question to the hosts lies in flat buffers: no pickle, no message types, only an index and vectors.
+
+header   16 int64: command, round, last accepted round, work, attempt, sizes
+layout   names, dtypes and shapes as JSON, only when this (shared, given) has not been seen before
+table    row r: the ids rank r hosts in this ask (-1 pads), then what is given to each of them
+buffer   [sum limits | shared], flat bytes, each leaf on a 64-byte line
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mpifl.engine.host import Ask
+from mpifl.tree import Layout, Tree, tree_map
+
+STOP, ASK, ROWS, MEMORY = 0, 1, 2, 3
+
+
+class Header(NamedTuple):
+    """What every rank learns first; the last six fields belong to ASK and ROWS."""
+
+    command: int
+    round: int
+    accepted: int
+    work: int = 0
+    attempt: int = 0
+    clients: int = 0
+    width: int = 0
+    layout: int = 0
+    text_bytes: int = 0
+
+    def announce(self, comm: Any) -> None:
+        """Send it to every rank."""
+        buffer = np.zeros(16, dtype=np.int64)
+        buffer[: len(self)] = self
+        comm.announce(buffer)
+
+    @staticmethod
+    def await_from(comm: Any) -> Header:
+        """Wait for the next one from rank 0."""
+        buffer = np.zeros(16, dtype=np.int64)
+        comm.announce(buffer)
+        return Header(*buffer[: len(Header._fields)].tolist())
+
+
+class Sender:
+    """Rank 0's side; remembers which layouts the hosts know."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self._known: dict[bytes, int] = {}
+
+    def send(self, command: int, ask: Ask, home: np.ndarray, accepted: int) -> Ask:
+        """Send `ask` of the whole cohort down, id i to rank home[i]; returns rank 0's own part of it."""
+        comm, tree = self.comm, {"limits": torch.from_numpy(ask.limits), "shared": ask.shared}
+        down, given = Layout.of(tree), Layout.of(one_row(ask.given))
+        text = down.to_json() + b"\n" + given.to_json()
+        new = text not in self._known
+        layout = self._known.setdefault(text, len(self._known))
+        members = [np.flatnonzero(home == rank) for rank in range(comm.size)]
+        width = max(map(len, members))
+        sizes = (len(ask.ids), width, layout, len(text) if new else 0)
+        Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
+        if new:
+            comm.bcast(np.frombuffer(text, dtype=np.uint8).copy())
+        row = _table_row(given, width)
+        table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)
+        for packed, rows in zip(table, members):
+            _fill(row.views(packed), ask.ids[rows], tree_map(lambda leaf, rows=rows: leaf[rows], ask.given))
+        mine = row.empty()
+        comm.scatter(table.numpy(), mine.numpy())
+        buffer = down.pack(tree, down.empty())
+        comm.bcast(buffer.numpy())
+        return _own_part(ask.work, ask.round, ask.attempt, len(ask.ids), row.views(mine), down.views(buffer))
+
+
+class Receiver:
+    """A host's side."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self._layouts: list[tuple[Layout, Layout]] = []
+
+    def receive(self, header: Header) -> Ask:
+        """Receive this rank's part of the ask that `header` announced."""
+        if header.text_bytes:
+            text = np.empty(header.text_bytes, dtype=np.uint8)
+            self.comm.bcast(text)
+            down, given = text.tobytes().split(b"\n")
+            self._layouts.append((Layout.from_json(down), Layout.from_json(given)))
+        down, given = self._layouts[header.layout]
+        row = _table_row(given, header.width)
+        mine, buffer = row.empty(), down.empty()
+        self.comm.scatter(None, mine.numpy())
+        self.comm.bcast(buffer.numpy())
+        views = row.views(mine), down.views(buffer)
+        return _own_part(header.work, header.round, header.attempt, header.clients, *views)
+
+
+def one_row(given: Tree) -> Tree:
+    """What one client is given, zeroed, from leaves (n, ...)."""
+    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), given)
+
+
+def _table_row(given: Layout, width: int) -> Layout:
+    """One rank's row of the table: ids (width,), and what is given to each, (width, ...)."""
+    leaves = [(f"given.{g.name}", g.dtype, (width, *g.shape)) for g in given.leaves]
+    return Layout.place([*leaves, ("id", torch.int64, (width,))])
+
+
+def _fill(row: Tree, ids: np.ndarray, given: Tree) -> None:
+    row["id"].fill_(-1)
+    row["id"][: len(ids)] = torch.from_numpy(ids)
+    tree_map(lambda slots, leaf: slots[: len(ids)].copy_(leaf), row.get("given", {}), given)
+
+
+def _own_part(work: int, round: int, attempt: int, clients: int, row: Tree, down: Tree) -> Ask:
+    ids = row["id"].numpy()
+    ids = ids[ids >= 0]
+    given = tree_map(lambda slots: slots[: len(ids)], row.get("given", {}))
+    return Ask(work, round, ids, down.get("shared", {}), down["limits"].numpy(), clients, given, attempt)
+
+
+def pack_rows(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Bytes of [id | values] as float64, for a gather."""
+    return np.concatenate([ids[:, None].astype(np.float64), values], axis=1).reshape(-1).view(np.uint8)
+
+
+def pack_digests(digests: list[tuple[int, bytes]]) -> np.ndarray:
+    """Bytes of (client, sha256) entries, 40 each, for a gather."""
+    return np.frombuffer(b"".join(client.to_bytes(8, "big") + sha for client, sha in digests), dtype=np.uint8)
