@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -25,7 +26,7 @@ from mpifl.config import UserError, choice
 from mpifl.console import Console
 from mpifl.data.shard import Feature
 from mpifl.engine.serial import keep_freed_memory, visit
-from mpifl.launch import Parser, command
+from mpifl.launch import Parser, agree, command
 from mpifl.model import Model, from_module
 from mpifl.models.cnn import EmnistConv
 from mpifl.models.linear import mlp
@@ -164,18 +165,16 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     if name.startswith("-"):
         _general_parser().read(comm, arguments or ["--help"])
         return
-    family = FAMILIES[choice(name, FAMILIES, "benchmark")]
+    family = agree(comm, lambda: FAMILIES[choice(name, FAMILIES, "benchmark")])
     parser = Parser(prog=f"python -m mpifl.bench {name}", description=family.__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="runs of each contestant (default 15)")
+    parser.add_argument("--repeats", type=_count, default=15, help="runs of each contestant (default 15)")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per case to FILE")
     options = parser.read(comm, rest)
     if options is None:
         return
-    if options.repeats < 1:
-        raise UserError(f"--repeats is {options.repeats}; it must be at least 1")
-    if comm.rank == 0:
-        file = _opened(options.json) if options.json else None
-        report(name, family(options), comm, file)
+    with agree(comm, lambda: _opened(options.json if comm.rank == 0 else None)) as file:
+        if comm.rank == 0:
+            report(name, family(options), comm, file)
 
 
 def _general_parser() -> Parser:
@@ -188,9 +187,15 @@ def _general_parser() -> Parser:
     )
 
 
-def _opened(path: str) -> TextIO:
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _opened(path: str | None) -> AbstractContextManager[TextIO | None]:
     try:
-        return Path(path).open("a", encoding="utf-8")
+        return Path(path).open("a", encoding="utf-8") if path else nullcontext()
     except OSError as error:
         raise UserError(f"--json is '{path}', which cannot be written: {error.strerror}") from None
 

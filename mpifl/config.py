@@ -72,7 +72,7 @@ class Run:
 
     out: str = ""
     threads: int = 1
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 1
     metrics: tuple[str, ...] = ("accuracy",)
     nonfinite: Literal["stop", "exclude"] = "stop"

@@ -20,7 +20,7 @@ from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
 from mpifl.scoring import score_central, score_clients
-from mpifl.train import Session
+from mpifl.session import Session
 
 
 def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, dict[str, float]] | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 from torch.func import functional_call, grad_and_value
 
 from mpifl.config import UserError
@@ -163,10 +162,10 @@ class ModuleModel(Model):
             return super().grad_and_loss(theta, batch)
         self._bind(theta)
         losses = self.loss(self._call(None, batch), batch)
-        shares = _shares(losses, batch)  # pulled back as they are: a mean's own backward would cost 3 % of a dense step
-        found = torch.autograd.grad(losses, self._parameters, shares, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters)]
-        return _flatten_dense_tensors(grads), _kept(losses.detach(), batch).dot(shares)
+        shares = _shares(losses, batch)
+        grads = _pull_back(losses, shares, self._parameters)
+        flat = _flat([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self._parameters)])
+        return flat, _kept(losses.detach(), batch).dot(shares)
 
     def state_dict(self, theta: Tensor) -> dict[str, Tensor]:
         """The module's own state_dict at theta, buffers and tied weights included, each in storage of its own."""
@@ -210,6 +209,12 @@ class ModuleModel(Model):
         if parameters is None:
             return self.module(batch[self.inputs], **keywords)
         return functional_call(self.module, parameters, (batch[self.inputs],), keywords)
+
+
+def _pull_back(outputs: Tensor, weights: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of sum(weights * outputs); `torch.autograd.grad` without its checks, 5 % of a small model's step."""
+    backward = torch.autograd.graph._engine_run_backward
+    return backward((outputs,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
 def _traced() -> bool:

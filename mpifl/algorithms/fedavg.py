@@ -64,14 +64,14 @@ def local_training(
     def start(shared: Tree, client: Client) -> Tree:
         theta = shared["theta"].clone()
         opt = client_opt.init(theta) | {"lr": shared["lr"]}
-        return {"theta": theta, "opt": opt, "loss": theta.new_zeros(()), "steps": theta.new_zeros(())}
+        return {"theta": theta, "opt": opt, "loss": torch.zeros(()), "steps": torch.zeros(())}
 
     def step(shared: Tree, client: Client, carry: Tree, batch: Tree) -> Tree:
         grad, loss = model.grad_and_loss(carry["theta"], batch)
         if mu:
             grad.add_(carry["theta"] - shared["theta"], alpha=mu)
         theta, opt = client_opt.apply(carry["theta"], grad, carry["opt"])
-        return {"theta": theta, "opt": opt, "loss": carry["loss"].add_(loss), "steps": carry["steps"].add_(1)}
+        return {"theta": theta, "opt": opt, "loss": carry["loss"] + loss, "steps": carry["steps"] + 1}
 
     def finish(shared: Tree, client: Client, carry: Tree) -> Upload:
         weight = client.n if weighting == "examples" else torch.ones_like(client.n)

@@ -1,0 +1,82 @@
+"""One job on one rank: everything built, nothing started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mpifl.baselines import Baselines
+from mpifl.build import Parts, build, solo_training
+from mpifl.comm import Alone, World
+from mpifl.config import Job, UserError
+from mpifl.engine.clock import Clock
+from mpifl.engine.host import Host
+from mpifl.engine.store import ClientMemory
+from mpifl.fleet import Fleet
+from mpifl.rand import fold, sample
+from mpifl.scoring import Scorer
+from mpifl.work import Cohort
+
+
+@dataclass
+class Session:
+    """A job's parts, and this rank's host of clients."""
+
+    job: Job
+    comm: World | Alone
+    parts: Parts
+    scorer: Scorer
+    baselines: Baselines | None
+    host: Host
+
+    @staticmethod
+    def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
+        """Build the job's parts and this rank's host."""
+        torch.set_num_threads(job.run.threads)
+        parts = build(job)
+        scorer = Scorer.of(parts.algorithm, parts.model, parts.metrics, parts.dataset)
+        baselines = None
+        if job.baselines:
+            batches, opt = solo_training(job)
+            baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split)
+        works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
+        blank = parts.algorithm.memory(parts.model.init(fold(job.seed, "init")))
+        host = Host(
+            works,
+            parts.dataset,
+            ClientMemory(blank, job.run.memory_mb << 20),
+            job.seed,
+            clock,
+            comm.rank,
+            comm.size,
+            _device(job, comm),
+            job.data.cache_mb << 20,
+            exact=job.comm.sum == "exact",
+            check=job.engine.check,
+        )
+        return Session(job, comm, parts, scorer, baselines, host)
+
+    @cached_property
+    def population(self) -> tuple[int, float]:
+        """Clients that can train at all, and the sum of their weights: constants of the dataset."""
+        algorithm = self.parts.algorithm
+        sizes, trained = self.parts.dataset.sizes("train"), algorithm.works[-1].batches
+        able = sizes[trained.steps_of(sizes) > 0]
+        weight = trained.examples_used(able).sum() if algorithm.weighting == "examples" else len(able)
+        return len(able), float(weight)
+
+    def cohort(self, round: int, fleet: Fleet) -> Cohort:
+        """This round's clients: uniform without replacement, a function of (seed, round)."""
+        clients = self.parts.dataset.clients
+        ids = sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
+        return Cohort(round, ids, *self.population, fleet.ask)
+
+
+def _device(job: Job, comm: World | Alone) -> torch.device:
+    """This rank's device: a GPU by its number on the node."""
+    gpus = torch.cuda.device_count() if job.run.device != "cpu" else 0
+    if job.run.device == "cuda" and not gpus:
+        raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu or auto')
+    return torch.device("cuda", comm.local_rank % gpus) if gpus else torch.device("cpu")
