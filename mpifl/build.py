@@ -72,6 +72,7 @@ def build(job: Job) -> Parts:
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm")
     metrics = {_metric_name(name): named(name, METRICS, "metric") for name in job.run.metrics}
+    _refuse_wrong_shapes(model, {"loss": model.loss, **metrics}, dataset.features)
     return Parts(dataset, model, algorithm, metrics)
 
 
@@ -87,13 +88,15 @@ def solo_training(job: Job) -> tuple[Batching, Optimizer]:
 
 def named(name: str, known: Mapping[str, Any], what: str) -> Any:
     """Return what `name` stands for: one of `known`, or "package.module:function" of the user's own."""
-    if ":" not in name:
+    module_name, colon, attribute = str(name).partition(":")
+    if not colon:
         return known[choice(name, known, f"{what} (or package.module:function)")]
-    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise UserError(f"{what} is '{name}'; write package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
+        if not f"{module_name}.".startswith(f"{error.name}."):  # a module that the user's module imports
             raise
         raise UserError(
             f"{what} '{name}': no module '{module_name}' here ({Path.cwd()}) or beside the job file"
@@ -101,18 +104,20 @@ def named(name: str, known: Mapping[str, Any], what: str) -> Any:
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         choice(attribute, public, f"{what} in module {module_name}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise UserError(f"{what} '{name}' is {type(found).__name__}; it must be a function or a class")
+    return found
 
 
 def find_job(path: str) -> Path:
     """Return the job file: as given, or from the jobs that come with the package ("jobs/NAME.toml")."""
-    if Path(path).exists():
-        return Path(path)
-    here = Path(__file__).parent
-    for shipped in (here / "jobs", here.parent / "jobs"):
-        if Path(path).parts[0] == "jobs" and (shipped / Path(path).name).is_file():
-            return shipped / Path(path).name
-    return Path(path)
+    asked, here = Path(path), Path(__file__).parent
+    places = [asked]
+    if asked.parts[:1] == ("jobs",):
+        places += [here / "jobs" / asked.name, here.parent / "jobs" / asked.name]
+    found = [place for place in places if place.exists()] or [place for place in places if place.parent.is_dir()]
+    return found[0] if found else asked
 
 
 def allow_modules_beside(path: Path) -> None:
@@ -126,7 +131,12 @@ def _dataset(job: Job) -> Any:
     path = job.data.path
     if ":" in path:
         dataset = named(path, {}, "dataset")()
-        return dataset if hasattr(dataset, "features") else MemoryDataset(dataset)
+        if hasattr(dataset, "features"):
+            return dataset
+        if not isinstance(dataset, list | tuple) or not all(isinstance(client, Mapping) for client in dataset):
+            what = "it must be a dataset, or a list with a dict of arrays per client"
+            raise UserError(f"{path} returned {type(dataset).__name__}; {what}")
+        return MemoryDataset(dataset)
     if path == "digits":
         return Dataset(embedded("digits"))
     if not Path(path).is_dir():
@@ -137,7 +147,7 @@ def _dataset(job: Job) -> Any:
 
 def _model(job: Job, features: dict[str, Any]) -> Model:
     table = dict(job.model)
-    name, inputs = table.pop("name"), table.pop("inputs", "x")
+    name, inputs = table.pop("name"), convert(table.pop("inputs", "x"), str, "model inputs")
     loss = named(table.pop("loss", "cross_entropy"), LOSSES, "loss")
     function = named(name, MODELS, "model")
 
@@ -154,6 +164,17 @@ def _model(job: Job, features: dict[str, Any]) -> Model:
     batch = to_inputs(blank_columns(features), features) | {"key": as_tensor(0)}
     refuse_changing_buffers(factory, batch, inputs)
     return model
+
+
+def _refuse_wrong_shapes(model: Model, functions: dict[str, Metric], features: dict[str, Any]) -> None:
+    """Losses and metrics must give a number per example: try them on zeros."""
+    batch = to_inputs(blank_columns(features), features) | {"index": torch.arange(2)}
+    scores = model.scores(torch.zeros(model.size), batch)
+    for name, function in functions.items():
+        values = function(scores, batch)
+        if not isinstance(values, torch.Tensor) or values.shape != (2,):
+            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise UserError(f"{name} gives {found} for a batch of 2; it must give one number per example, (2,)")
 
 
 def _metric_name(name: str) -> str:

@@ -123,13 +123,21 @@ _EXAMPLES = {"model": "mlp", "algorithm": "fedavg"}
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Job:
     """Read a job from a TOML file or a table, apply "key.path=value" overrides, and check every key and type."""
     if isinstance(source, Mapping):
-        table, name = json.loads(json.dumps(source)), str(source.get("name", "job"))
+        table, name = _plain(source), "job"
     else:
         path = Path(source)
         table, name = _read(path), path.stem
     for override in overrides:
         _override(table, override)
     return construct(Job, {"name": name} | table, "job")
+
+
+def _plain(table: Mapping[str, Any]) -> Table:
+    """A copy of its own, of what a TOML file can hold too."""
+    try:
+        return json.loads(json.dumps(table))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a job holds strings, numbers, true or false, lists and tables; {error}") from None
 
 
 def _read(path: Path) -> Table:
@@ -241,4 +249,4 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

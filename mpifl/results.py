@@ -18,18 +18,22 @@ from torch import Tensor
 from mpifl.config import Job, UserError, resolved, to_toml
 
 
+def refuse_taken(path: Path) -> None:
+    """Raise UserError when there is something at `path` already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"run.out is '{path}', which already exists; remove it or choose another run.out")
+
+
 class RunFolder:
     """A new folder for one run. Raises UserError when `out` already holds something: nothing is overwritten."""
 
     def __init__(self, job: Job) -> None:
         self.path = Path(job.run.out) if job.run.out else default_folder(job)
-        name = str(self.path)
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(f"run.out is '{name}', which already exists; remove it or choose another run.out")
+            refuse_taken(self.path)
             (self.path / "status").mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"run.out is '{name}', which cannot be written: {error.strerror}") from None
+            raise UserError(f"run.out is '{self.path}', which cannot be written: {error.strerror}") from None
         (self.path / "config.toml").write_text(to_toml(resolved(job)), encoding="utf-8")
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
 

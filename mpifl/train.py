@@ -28,7 +28,7 @@ from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
 from mpifl.plan import PlanFleet, show_plan
 from mpifl.rand import fold
-from mpifl.results import RunFolder, Totals, default_folder, hardware, versions, write_json
+from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
 from mpifl.scoring import score_state
 from mpifl.session import Session
 from mpifl.tree import Tree, digest
@@ -59,8 +59,8 @@ def run(
     if job.seeds == 1:
         return _run_one(job, comm, clock, console)
     base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
+    agree(comm, lambda: refuse_taken(base) if comm.rank == 0 else None)
     for seed in range(job.seed, job.seed + job.seeds):
-        console.say(f"seed {seed}")
         settings = dataclasses.replace(job.run, out=str(base / f"seed-{seed}"))
         summaries.append(_run_one(dataclasses.replace(job, seed=seed, seeds=1, run=settings), comm, clock, console))
     return _over_seeds(summaries, base, console) if comm.rank == 0 else None

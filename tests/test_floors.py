@@ -19,7 +19,7 @@ FLOORS = {
     "fleet": ["comm", "messages", "fleet"],
     "programs": [
         *("train", "evaluate", "bench", "plan", "build", "console"),
-        *("results", "scoring", "baselines", "launch"),
+        *("results", "scoring", "baselines", "launch", "session"),
     ],
 }
 ORDER = list(FLOORS)

@@ -35,7 +35,7 @@ def fedavg(
 
     mu: strength of FedProx's pull towards theta. weighting: w_i is the client's examples, or 1.
     """
-    if mu < 0:
+    if not 0 <= mu < float("inf"):
         raise UserError(f"fedavg's mu is {mu}; it must be 0 (FedAvg) or positive (FedProx)")
     train = local_training(model, batches, client_opt, mu, weighting)
 
