@@ -64,6 +64,7 @@ class Parts:
 
 def build(job: Job) -> Parts:
     """Build everything a job names; raises UserError for whatever cannot be."""
+    _look_for_modules(job)
     dataset = _dataset(job)
     model = _model(job, dataset.features)
     table = dict(job.algorithm)
@@ -120,10 +121,10 @@ def find_job(path: str) -> Path:
     return found[0] if found else asked
 
 
-def allow_modules_beside(path: Path) -> None:
-    """Let "package.module:function" find modules in the job file's folder and in the working directory."""
-    for folder in (str(path.resolve().parent), str(Path.cwd())):
-        if folder not in sys.path:
+def _look_for_modules(job: Job) -> None:
+    """Let "package.module:function" be found in the job's folder of modules and in the working directory."""
+    for folder in (job.modules, str(Path.cwd())):
+        if folder and folder not in sys.path:
             sys.path.append(folder)
 
 

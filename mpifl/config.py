@@ -18,7 +18,9 @@ Table = dict[str, Any]
 
 
 class UserError(ValueError):
-    """A mistake a user can mend: printed as one line without a traceback, exit status 2."""
+    """A mistake a user can mend: printed as one line without a traceback, exit status 2 (1 once training began)."""
+
+    in_training = False
 
 
 def choice(name: str, allowed: Iterable[str], what: str) -> str:
@@ -84,6 +86,8 @@ class Job:
     """A whole job. cohort: clients per round (0: all of them). seeds: how many seeds to run, from `seed` on.
 
     baselines: also train a centralized model and each client alone, for baseline_epochs. name: the job file's.
+    modules: the folder where "package.module:function" is looked for, beside the working directory (default: the
+    job file's).
     """
 
     rounds: int
@@ -99,6 +103,7 @@ class Job:
     comm: Comm = field(default_factory=Comm)
     run: Run = field(default_factory=Run)
     name: str = "job"
+    modules: str = ""
 
     def __post_init__(self) -> None:
         for key, least in (("rounds", 1), ("cohort", 0), ("seeds", 1), ("baseline_epochs", 1)):
@@ -123,13 +128,13 @@ _EXAMPLES = {"model": "mlp", "algorithm": "fedavg"}
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Job:
     """Read a job from a TOML file or a table, apply "key.path=value" overrides, and check every key and type."""
     if isinstance(source, Mapping):
-        table, name = _plain(source), "job"
+        table, found = _plain(source), {}
     else:
         path = Path(source)
-        table, name = _read(path), path.stem
+        table, found = _read(path), {"name": path.stem, "modules": str(path.resolve().parent)}
     for override in overrides:
         _override(table, override)
-    return construct(Job, {"name": name} | table, "job")
+    return construct(Job, found | table, "job")
 
 
 def _plain(table: Mapping[str, Any]) -> Table:
@@ -187,7 +192,7 @@ def construct(function: Callable[..., Any], table: Mapping[str, Any], what: str,
     arguments = {name: value for name, value in given.items() if name in parameters}
     for name, value in table.items():
         choice(name, options, f"{what} option" if what != "job" else "job key")
-        arguments[name] = convert(value, hints.get(name, Any), name if what == "job" else f"{what} {name}")
+        arguments[name] = convert(value, hints.get(name, Any), name if what == "job" else f"{what}.{name}")
     missing = [name for name, p in options.items() if p.default is p.empty and name not in arguments]
     if missing:
         raise UserError(f"{what} needs {', '.join(missing)} (options: {', '.join(options)})")

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
 
 PIPE_WIDTH = 110
 """Columns where there is no terminal: a digest fits on its line."""
@@ -73,15 +73,10 @@ class Console:
             self._bar.update(self._task, advance=1, description="  ".join([*loss, *shown, speed]))
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """Print a short table of (name, value)."""
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        """Print lines of (name, value), the values in one column."""
+        width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            table.add_row(name, value)
-        self.rich.print(table)
-        self.rich.file.flush()
-        self._append("".join(f"{name:<20} {value}\n" for name, value in rows))
+            self.say(f"{name:<{width}}  {value}")
 
     def _append(self, text: str) -> None:
         if self._log:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
     job = dataclasses.replace(job, baselines=False)
     session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
     vectors = agree(comm, lambda: _models(folder, session))
-    with all_or_none(comm, session.host.clock, folder):
+    with all_or_none(comm, session.host.clock, folder), closing(session.parts.dataset):
         if comm.rank > 0:
             serve(comm, session.host)
             return None
@@ -54,7 +55,8 @@ def _spread(clients: dict[str, np.ndarray], split: str) -> dict[str, float]:
         if name != "examples":
             ranked = np.sort(values)[:: -1 if name == "loss" else 1]
             spread[f"{name}, mean of clients"] = float(values.mean())
-            spread[f"{name}, worst decile of clients"] = float(ranked[: max(1, len(values) // 10)].mean())
+            worst = "worst" if name in ("loss", "accuracy") else "lowest"
+            spread[f"{name}, {worst} decile of clients"] = float(ranked[: max(1, len(values) // 10)].mean())
     return spread
 
 

@@ -27,7 +27,11 @@ T = TypeVar("T")
 
 
 class Elsewhere(Exception):
-    """Another rank failed to start and reports why."""
+    """Another rank failed to start and reports why; `status` is what it exits with."""
+
+    def __init__(self, rank: int, status: int) -> None:
+        super().__init__(f"rank {rank} could not start")
+        self.status = status
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,12 +68,12 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
         signal.signal(signal.SIGTERM, _terminate)
         body(comm, sys.argv[1:] if arguments is None else arguments)
         return 0
-    except Elsewhere:
-        return 2
+    except Elsewhere as failure:
+        return failure.status
     except UserError as error:
         if launched_rank() == comm.rank or comm.size > 1:
             print(f"mpifl: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if error.in_training else 2
     except KeyboardInterrupt as stop:
         name, status = interruption(stop)
         print(f"mpifl: {name}{stop}", file=sys.stderr, flush=True)
@@ -97,12 +101,29 @@ def agree(comm: World | Alone, make: Callable[[], T]) -> T:
         made = make()
     except (Exception, SystemExit) as raised:
         error = raised
-    first = comm.lowest(comm.size if error is None else comm.rank)
-    if first == comm.rank and error is not None:
+    refused = isinstance(error, UserError)
+    rank, failed = divmod(comm.lowest(2 * (comm.size if error is None else comm.rank) + (not refused)), 2)
+    if rank == comm.rank and error is not None:
         raise error
-    if first < comm.size:
-        raise Elsewhere(f"rank {first} could not start")
+    if rank < comm.size:
+        raise Elsewhere(rank, 1 if failed else 2)
     return made
+
+
+def require_same(comm: World | Alone, digests: dict[str, str]) -> None:
+    """Raise UserError unless every rank has the same digests, (name -> hex): else they would train different things."""
+    for name, text in digests.items():
+        value = int(text[:15], 16)
+        lowest, highest = comm.lowest(value), -comm.lowest(-value)
+
+        def check(name: str = name, same: bool = lowest == highest) -> None:
+            if not same:
+                raise UserError(
+                    f"ranks have different {name}: what each rank builds must not depend on the rank, the time or an "
+                    f"unseeded generator, and every node must see the same files"
+                )
+
+        agree(comm, check)
 
 
 @contextmanager
@@ -113,6 +134,11 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
             yield
         except KeyboardInterrupt as stop:
             raise type(stop)(_left_in(clock, folder)) from None
+        except SystemExit as leave:
+            raise RuntimeError(f"sys.exit({leave.code!r}) was called ({clock.where()})") from leave
+        except UserError as error:
+            error.in_training = True
+            raise
         return
     report = folder / comm.share(f"failure-{time.strftime('%Y%m%d-%H%M%S')}.txt")
     hook = threading.excepthook

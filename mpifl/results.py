@@ -34,13 +34,15 @@ class RunFolder:
             (self.path / "status").mkdir(parents=True)
         except OSError as error:
             raise UserError(f"run.out is '{self.path}', which cannot be written: {error.strerror}") from None
-        (self.path / "config.toml").write_text(to_toml(resolved(job)), encoding="utf-8")
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        table = resolved(job)
+        if Path(job.data.path).is_dir():  # so that the run can be scored from anywhere
+            table["data"]["path"] = str(Path(job.data.path).resolve())
+        (self.path / "config.toml").write_text(to_toml(table), encoding="utf-8")
 
     def round(self, record: dict[str, Any]) -> None:
         """Append one round's record; each line is complete on disk as far as the system writes it."""
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def model(self, name: str, state_dict: dict[str, Tensor]) -> None:
         """Write NAME.safetensors under the module's own names."""
@@ -49,7 +51,6 @@ class RunFolder:
     def summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; its presence says that the run is complete."""
         write_json(self.path / "summary.json", summary)
-        self._metrics.close()
 
 
 class Totals:

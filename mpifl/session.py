@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +12,14 @@ import torch
 from mpifl.baselines import Baselines
 from mpifl.build import Parts, build, solo_training
 from mpifl.comm import Alone, World
-from mpifl.config import Job, UserError
+from mpifl.config import Job, UserError, resolved
 from mpifl.engine.clock import Clock
 from mpifl.engine.host import Host
 from mpifl.engine.store import ClientMemory
 from mpifl.fleet import Fleet
 from mpifl.rand import fold, sample
 from mpifl.scoring import Scorer
+from mpifl.tree import digest
 from mpifl.work import Cohort
 
 
@@ -57,6 +60,14 @@ class Session:
             check=job.engine.check,
         )
         return Session(job, comm, parts, scorer, baselines, host)
+
+    def digests(self) -> dict[str, str]:
+        """Of everything that ranks must have in common: {what: sha256 hex}."""
+        table = resolved(self.job)
+        table["run"].pop("out")
+        job = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+        theta = self.parts.model.init(fold(self.job.seed, "init"))
+        return {"jobs": job, "datasets": self.parts.dataset.digest, "initial models": digest({"theta": theta})}
 
     @cached_property
     def population(self) -> tuple[int, float]:

@@ -14,18 +14,19 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpifl.build import allow_modules_beside, find_job
+from mpifl.build import find_job
 from mpifl.comm import Alone, World, connect
 from mpifl.config import Job, load
 from mpifl.console import Console, readable_bytes
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
-from mpifl.launch import Parser, agree, all_or_none, command
+from mpifl.launch import Parser, agree, all_or_none, command, require_same
 from mpifl.plan import PlanFleet, show_plan
 from mpifl.rand import fold
 from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
@@ -67,19 +68,16 @@ def run(
 
 
 def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
-    if isinstance(job, Mapping):
-        return load(job, overrides)
-    path = find_job(str(job))
-    allow_modules_beside(path)
-    return load(path, overrides)
+    return load(job if isinstance(job, Mapping) else find_job(str(job)), overrides)
 
 
 def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> dict[str, Any] | None:
     began = time.perf_counter()
     session = agree(comm, lambda: Session.open(job, comm, clock))
+    require_same(comm, session.digests())
     folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
     path = Path(comm.share(str(folder.path) if folder else ""))
-    with all_or_none(comm, clock, path):
+    with all_or_none(comm, clock, path), closing(session.parts.dataset):
         clock.attach(path / "status" / f"rank-{comm.rank:05d}")
         if folder is None:
             serve(comm, session.host)

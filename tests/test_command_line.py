@@ -74,7 +74,7 @@ def job():
             "there is no algorithm (or package.module:function) 'fedavgg'; did you mean 'fedavg'?",
         ),
         ("model.name=mpl", "there is no model (or package.module:function) 'mpl'; did you mean 'mlp'?"),
-        ("algorithm.client_opt.name=sdg", "there is no optimizer for fedavg client_opt 'sdg'; did you mean 'sgd'?"),
+        ("algorithm.client_opt.name=sdg", "there is no optimizer for fedavg.client_opt 'sdg'; did you mean 'sgd'?"),
         ("algorithm.client_opt.lr.name=cosin", "override 'algorithm.client_opt.lr.name=cosin': lr is not a table"),
         (
             'run.metrics=["acuracy"]',

@@ -46,7 +46,9 @@ def seconds_after_start(tmp_path, done):
     return time.time() - began
 
 
-@pytest.mark.parametrize("how, status, says", [("raise", 1, "RuntimeError: planted failure"), ("exit", 1, "SystemExit: 3")])
+@pytest.mark.parametrize(
+    "how, status, says", [("raise", 1, "RuntimeError: planted failure"), ("exit", 1, "SystemExit: 3")]
+)
 def test_exception_or_exit_on_a_host_ends_the_job_and_is_reported_once(launch, tmp_path, how, status, says):
     done = launch(4, "-m", "mpifl.train", misbehaving(tmp_path, how), timeout=60, env=ENV)
     assert done.returncode != 0
@@ -167,7 +169,10 @@ def shards(tmp_path):
     features = {"x": Feature("float32", (6,)), "y": Feature("uint8", (), classes=3)}
     with ShardWriter(tmp_path / "data", features) as writer:
         clients = (
-            (f"writer-{i}", {"x": rng.normal(size=(9, 6)).astype(np.float32), "y": rng.integers(0, 3, 9).astype(np.uint8)})
+            (
+                f"writer-{i}",
+                {"x": rng.normal(size=(9, 6)).astype(np.float32), "y": rng.integers(0, 3, 9).astype(np.uint8)},
+            )
             for i in range(8)
         )
         writer.write("train", clients)
@@ -196,5 +201,3 @@ def test_success_exits_0_and_writes_the_summary(launch, tmp_path):
     done = launch(3, "-m", "mpifl.train", write_job(tmp_path), env=ENV)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["ranks"] == 3
-
-
