@@ -29,6 +29,7 @@ class Baselines:
     alone: ClientWork
     score: ClientWork
     opt: Optimizer
+    metric: str
 
     @staticmethod
     def of(
@@ -43,7 +44,7 @@ class Baselines:
 
         everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "uniform")
         score = scoring(model, metrics, split, "all", lambda shared, client: client.scratch["theta"])
-        return Baselines(everybody, alone._replace(finish=keep), score, opt)
+        return Baselines(everybody, alone._replace(finish=keep), score, opt, next(iter(metrics), "loss"))
 
     @property
     def works(self) -> tuple[ClientWork, ...]:
@@ -51,7 +52,7 @@ class Baselines:
         return (self.everybody, self.alone, self.score)
 
     def run(self, fleet: Fleet, scorer: Scorer, theta: torch.Tensor, seed: int) -> dict[str, float]:
-        """Return accuracies {"centralized": ..., "mean client alone": ...} from the same theta0, (P,)."""
+        """Return the job's first metric of {"centralized": ..., "mean client alone": ...}, both from theta0, (P,)."""
         fleet.begin(fleet.round + 1)
         shared = {"theta": theta, "lr": torch.tensor(self.opt.lr(0))}
         trained = fleet.ask(self.everybody, np.zeros(1, dtype=np.int64), None, shared).mean
@@ -60,8 +61,7 @@ class Baselines:
         clients = able[sample(fold(seed, "baselines"), len(able), MOST_CLIENTS)]
         fleet.ask(self.alone, clients, None, shared)
         _, sums = fleet.rows(self.score, clients, {})
-        metric = next((name for name in sums if name not in ("weight", "examples", "loss")), "loss")
         return {
-            "centralized": figures["centralized"][metric],
-            "mean client alone": float((sums[metric] / sums["examples"]).mean()),
+            "centralized": figures["centralized"][self.metric],
+            "mean client alone": float((sums[self.metric] / sums["examples"]).mean()),
         }

@@ -156,14 +156,20 @@ def _model(job: Job, features: dict[str, Any]) -> Model:
         return construct(function, table, name, features=features)
 
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # frozen weights are the same on every rank
         made = factory()
     if isinstance(made, Model):
         return made
     if inputs not in features:
         raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
-    model = from_module(factory, loss, inputs)
+    model = from_module(factory, loss, inputs, made)
     batch = to_inputs(blank_columns(features), features) | {"key": as_tensor(0)}
-    refuse_changing_buffers(factory, batch, inputs)
+    try:
+        refuse_changing_buffers(factory, batch, inputs)
+    except (RuntimeError, IndexError, TypeError) as error:
+        shape = (2, *features[inputs].shape)
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {name} cannot be run on column '{inputs}', a batch of {shape}: {reason}") from error
     return model
 
 

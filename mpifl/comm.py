@@ -107,7 +107,12 @@ class World:
 
     def scatter(self, table: np.ndarray | None, row: np.ndarray) -> None:
         """Row r of rank 0's `table`, (size, width) uint8, reaches rank r's `row`, (width,) uint8."""
-        self._world.Scatter(table, row, root=0)
+        width = _PIECE // self.size
+        for start in range(0, len(row), width):
+            part = np.empty_like(row[start : start + width])
+            columns = None if table is None else np.ascontiguousarray(table[:, start : start + width])
+            self._world.Scatter(columns, part, root=0)
+            row[start : start + width] = part
         self.bytes_down += row.nbytes * self.size
 
     def reduce(self, buffer: np.ndarray) -> None:

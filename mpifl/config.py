@@ -67,14 +67,14 @@ class Comm:
 class Run:
     """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
 
-    device: "cpu", "cuda", or "auto". eval_every: rounds between evaluations. metrics: "accuracy" or
+    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. metrics: "accuracy" or
     "package.module:function". nonfinite: what a NaN or infinite update does. memory_mb: MiB of client memory
     per rank before it spills to mapped files.
     """
 
     out: str = ""
     threads: int = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 1
     metrics: tuple[str, ...] = ("accuracy",)
     nonfinite: Literal["stop", "exclude"] = "stop"

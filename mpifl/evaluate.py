@@ -60,6 +60,12 @@ def _spread(clients: dict[str, np.ndarray], split: str) -> dict[str, float]:
     return spread
 
 
+def _chosen(run: str | None) -> Path:
+    if run is None:
+        raise UserError("which run? python -m mpifl.evaluate RUN, where RUN is the folder a run printed at its end")
+    return Path(run)
+
+
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}; a finished run prints where it is")
@@ -97,9 +103,8 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     options = parser.read(comm, arguments)
     if options is None:
         return
-    if options.run is None:
-        raise UserError("which run? python -m mpifl.evaluate RUN, where RUN is the folder a run printed at its end")
-    scored = evaluate(Path(options.run), comm, Console(quiet=options.json or comm.rank > 0))
+    folder = agree(comm, lambda: _chosen(options.run))
+    scored = evaluate(folder, comm, Console(quiet=options.json or comm.rank > 0))
     if options.json and scored is not None:
         print(json.dumps(scored))
 

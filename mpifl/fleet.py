@@ -16,9 +16,9 @@ import torch
 
 from mpifl.config import UserError
 from mpifl.engine.host import Ask, Host
-from mpifl.messages import ASK, MEMORY, ROWS, STOP, Header, Receiver, Sender, one_row, pack_digests, pack_rows
+from mpifl.messages import ASK, MEMORY, ROWS, STOP, Header, Receiver, Sender, pack_digests, pack_rows
 from mpifl.placement import by_owner, longest_first
-from mpifl.tree import Tree, tree_map
+from mpifl.tree import Tree, one_row, tree_map
 from mpifl.uplink.exact import Answer, Wire, decode, fits, next_limits
 from mpifl.work import ClientWork, Sums
 
@@ -47,7 +47,8 @@ class Fleet:
     """Rank 0's side: places clients, asks, repeats an ask whose grid did not fit, and reads the sums.
 
     nonfinite: "stop" raises UserError naming client and round when an update is NaN or infinite; "exclude"
-    leaves that client out, counted in `traffic.excluded`. say: called with one line for people.
+    leaves that client out, counted in `traffic.excluded`. say: called with one line for people. of_a_round: the
+    algorithm's works, whose steps together are what a client costs.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Fleet:
         host: Host,
         nonfinite: Literal["stop", "exclude"] = "stop",
         say: Callable[[str], None] = print,
+        of_a_round: tuple[ClientWork, ...] = (),
     ) -> None:
         self.comm, self.host, self.nonfinite, self.say = comm, host, nonfinite, say
-        self.works = host.works
+        self.works, self.of_a_round = host.works, of_a_round
         self.round, self.accepted = 0, -1
         self.limits: dict[str, list[float]] = {}
         self.traffic = Traffic(busy=np.zeros(comm.size))
@@ -82,7 +84,8 @@ class Fleet:
 
     def ask(self, work: ClientWork, ids: np.ndarray, given: Tree | None, shared: Tree) -> Sums:
         """Have every client in `ids`, (n,) int64, do `work`; returns the exact sums over those that counted."""
-        index, given, shared = self._index(work), given or {}, tree_map(torch.as_tensor, shared)
+        given, shared = tree_map(torch.as_tensor, given or {}), tree_map(torch.as_tensor, shared)
+        index = self._index(work)
         wire = self.host.wire(index, shared, one_row(given))
         name = f"{index}:{'|'.join(wire.names)}"
         limits = np.asarray(self.limits.get(name) or wire.first_limits())
@@ -141,11 +144,14 @@ class Fleet:
             return first + by_owner(ids, hosts)
         new = np.asarray([id for id in ids.tolist() if id not in self._homes], dtype=np.int64)
         if len(new):
-            examples = self.host.source.examples(work.batches)
-            steps = work.batches.steps_of(examples[new if work.batches.of == "client" else 0])
-            steps = np.broadcast_to(steps, len(new))
+            known = self.of_a_round if any(work is one for one in self.of_a_round) else (work,)
+            steps = sum(self._steps(one, new) for one in known if one.batches.of != "block")
             self._homes.update(zip(new.tolist(), (first + longest_first(steps, hosts)).tolist()))
         return np.asarray([self._homes[id] for id in ids.tolist()], dtype=np.int64)
+
+    def _steps(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
+        examples = self.host.source.examples(work.batches)
+        return np.broadcast_to(work.batches.steps_of(examples[ids if work.batches.of == "client" else 0]), len(ids))
 
     def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
         buffers = self.host.answer(self._send(ASK, question, home))

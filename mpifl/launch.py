@@ -26,7 +26,7 @@ from mpifl.engine.clock import Clock
 T = TypeVar("T")
 
 
-class Elsewhere(Exception):
+class Elsewhere(UserError):
     """Another rank failed to start and reports why; `status` is what it exits with."""
 
     def __init__(self, rank: int, status: int) -> None:
@@ -77,9 +77,17 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
     except KeyboardInterrupt as stop:
         name, status = interruption(stop)
         print(f"mpifl: {name}{stop}", file=sys.stderr, flush=True)
+        if comm.size > 1:
+            comm.abort(status)  # the other ranks may be waiting for this one
         return status
     except BrokenPipeError:
         return 1
+    except Exception as error:
+        if comm.size > 1 and not getattr(error, "agreed", False):
+            traceback.print_exc()
+            time.sleep(0.3)
+            comm.abort(1)
+        raise
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
@@ -104,6 +112,7 @@ def agree(comm: World | Alone, make: Callable[[], T]) -> T:
     refused = isinstance(error, UserError)
     rank, failed = divmod(comm.lowest(2 * (comm.size if error is None else comm.rank) + (not refused)), 2)
     if rank == comm.rank and error is not None:
+        error.agreed = True
         raise error
     if rank < comm.size:
         raise Elsewhere(rank, 1 if failed else 2)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mpifl.engine.host import Ask
-from mpifl.tree import Layout, Tree, tree_map
+from mpifl.tree import Layout, Tree, one_row, tree_map
 
 STOP, ASK, ROWS, MEMORY = 0, 1, 2, 3
 
@@ -55,12 +55,15 @@ class Sender:
 
     def send(self, command: int, ask: Ask, home: np.ndarray, accepted: int) -> Ask:
         """Send `ask` of the whole cohort down, id i to rank home[i]; returns rank 0's own part of it."""
-        comm, tree = self.comm, {"limits": torch.from_numpy(ask.limits), "shared": ask.shared}
+        comm, tree = self.comm, {"limits": torch.from_numpy(ask.limits)}
+        if ask.shared:
+            tree["shared"] = ask.shared
         down, given = Layout.of(tree), Layout.of(one_row(ask.given))
         text = down.to_json() + b"\n" + given.to_json()
         new = text not in self._known
         layout = self._known.setdefault(text, len(self._known))
-        members = [np.flatnonzero(home == rank) for rank in range(comm.size)]
+        borders = np.cumsum(np.bincount(home, minlength=comm.size))[:-1]
+        members = np.split(np.argsort(home, kind="stable"), borders)
         width = max(map(len, members))
         sizes = (len(ask.ids), width, layout, len(text) if new else 0)
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
@@ -98,11 +101,6 @@ class Receiver:
         self.comm.bcast(buffer.numpy())
         views = row.views(mine), down.views(buffer)
         return _own_part(header.work, header.round, header.attempt, header.clients, *views)
-
-
-def one_row(given: Tree) -> Tree:
-    """What one client is given, zeroed, from leaves (n, ...)."""
-    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), given)
 
 
 def _table_row(given: Layout, width: int) -> Layout:

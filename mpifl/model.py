@@ -107,16 +107,19 @@ def _make(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
         return factory()
 
 
-def from_module(factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x") -> ModuleModel:
+def from_module(
+    factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x", made: nn.Module | None = None
+) -> ModuleModel:
     """Make a Model of the module that `factory` builds; theta holds its trainable parameters.
 
     loss: (scores, batch) -> (B,). inputs: the batch leaf fed to `forward`. A `forward` that also takes `key`
     gets the step's key, () int64 (None in evaluation), for its own keyed dropout; for nn.Dropout and the like
     torch's generator is seeded from the key before each training forward. Frozen parameters and buffers are constants.
+    made: a module the factory has just built, to be used instead of building one.
     Raises UserError for modules whose buffers change in a training forward (BatchNorm), at construction when
     recognised by type, else by `refuse_changing_buffers`.
     """
-    module = _make(factory, seed=0)
+    module = _make(factory, seed=0) if made is None else made
     if not isinstance(module, nn.Module):
         raise UserError(f"a model factory must return an nn.Module, got {type(module).__name__}")
     for path, part in module.named_modules():

@@ -13,7 +13,7 @@ from mpifl.data.batches import batches, blank_columns
 from mpifl.engine.host import Ask, Host, resident_bytes
 from mpifl.fleet import Fleet
 from mpifl.measure import BLOCK
-from mpifl.tree import Tree, leaves
+from mpifl.tree import Tree, leaves, one_row
 from mpifl.work import Algorithm, ClientWork, Cohort
 
 
@@ -67,9 +67,9 @@ class Sizes:
 class PlanFleet(Fleet):
     """A Fleet that asks nobody and notes who would have been asked."""
 
-    def __init__(self, host: Host, ranks: int) -> None:
+    def __init__(self, host: Host, ranks: int, of_a_round: tuple[ClientWork, ...] = ()) -> None:
         host.ranks = ranks
-        super().__init__(CountingComm(ranks), host)
+        super().__init__(CountingComm(ranks), host, of_a_round=of_a_round)
         host.answer = self._answer
         self.sizes = Sizes()
 
@@ -91,7 +91,7 @@ class PlanFleet(Fleet):
         return home
 
     def _answer(self, ask: Ask) -> list[Tensor]:
-        wire = self.host.wire(ask.work, ask.shared, {k: v.new_zeros(v.shape[1:]) for k, v in ask.given.items()})
+        wire = self.host.wire(ask.work, ask.shared, one_row(ask.given))
         shared = sum(leaf.nbytes for _, leaf in leaves(ask.shared))
         self.sizes = Sizes(max(self.sizes.down, shared), max(self.sizes.wire, wire.bytes), ask)
         return wire.buffers()
@@ -114,8 +114,9 @@ def expected_memory(
     _one_batch(host, score, {"theta": next(iter(algorithm.models(state).values()))})
     row = sum(np.dtype(f.dtype).itemsize * int(np.prod(f.shape)) for f in host.dataset.features.values())
     stored = sum(host.dataset.total(split) for split in host.dataset.splits) * row
-    kept = host.memory.layout.bytes * host.dataset.clients
-    busy = resident_bytes() + min(budget, stored // hosts) + kept // hosts
+    # Rows of all who may be visited, and a round's new ones beside them until it is accepted.
+    rows = -(-host.dataset.clients // hosts) + -(-sizes.ask.clients // hosts)
+    busy = resident_bytes() + min(budget, stored // hosts) + host.memory.layout.bytes * rows
     return (busy if fleet.comm.size == 1 else idle) + server, busy + buffers
 
 

@@ -7,7 +7,9 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mpifl.baselines import Baselines
 from mpifl.build import Parts, build, solo_training
@@ -33,6 +35,7 @@ class Session:
     scorer: Scorer
     baselines: Baselines | None
     host: Host
+    theta: Tensor
 
     @staticmethod
     def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
@@ -45,11 +48,11 @@ class Session:
             batches, opt = solo_training(job)
             baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split)
         works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
-        blank = parts.algorithm.memory(parts.model.init(fold(job.seed, "init")))
+        theta = parts.model.init(fold(job.seed, "init"))
         host = Host(
             works,
             parts.dataset,
-            ClientMemory(blank, job.run.memory_mb << 20),
+            ClientMemory(parts.algorithm.memory(theta), job.run.memory_mb << 20),
             job.seed,
             clock,
             comm.rank,
@@ -59,22 +62,28 @@ class Session:
             exact=job.comm.sum == "exact",
             check=job.engine.check,
         )
-        return Session(job, comm, parts, scorer, baselines, host)
+        session = Session(job, comm, parts, scorer, baselines, host, theta)
+        if not session.population[0]:
+            raise UserError(
+                f"none of the dataset's {parts.dataset.clients} clients has a batch; lower the batches' size or set "
+                f"drop_last = false"
+            )
+        return session
 
     def digests(self) -> dict[str, str]:
         """Of everything that ranks must have in common: {what: sha256 hex}."""
         table = resolved(self.job)
         table["run"].pop("out")
         job = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-        theta = self.parts.model.init(fold(self.job.seed, "init"))
-        return {"jobs": job, "datasets": self.parts.dataset.digest, "initial models": digest({"theta": theta})}
+        return {"jobs": job, "datasets": self.parts.dataset.digest, "initial models": digest({"theta": self.theta})}
 
     @cached_property
     def population(self) -> tuple[int, float]:
         """Clients that can train at all, and the sum of their weights: constants of the dataset."""
         algorithm = self.parts.algorithm
         sizes, trained = self.parts.dataset.sizes("train"), algorithm.works[-1].batches
-        able = sizes[trained.steps_of(sizes) > 0]
+        asked = [work.batches for work in algorithm.works if work.batches.of == "client"]
+        able = sizes[np.logical_and.reduce([batching.steps_of(sizes) > 0 for batching in asked])]
         weight = trained.examples_used(able).sum() if algorithm.weighting == "examples" else len(able)
         return len(able), float(weight)
 
@@ -87,7 +96,9 @@ class Session:
 
 def _device(job: Job, comm: World | Alone) -> torch.device:
     """This rank's device: a GPU by its number on the node."""
-    gpus = torch.cuda.device_count() if job.run.device != "cpu" else 0
-    if job.run.device == "cuda" and not gpus:
-        raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu or auto')
-    return torch.device("cuda", comm.local_rank % gpus) if gpus else torch.device("cpu")
+    if job.run.device == "cpu":
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu')
+    return torch.device("cuda", comm.local_rank % gpus)

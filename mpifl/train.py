@@ -28,7 +28,6 @@ from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command, require_same
 from mpifl.plan import PlanFleet, show_plan
-from mpifl.rand import fold
 from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
 from mpifl.scoring import score_state
 from mpifl.session import Session
@@ -83,7 +82,7 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
             serve(comm, session.host)
             return None
         console.log_to(path / "log.txt")
-        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say)
+        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say, session.parts.algorithm.works)
         _introduce(session, console)
         totals = Totals()
         state = train(session, fleet, folder, totals, console)
@@ -95,7 +94,7 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
 def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, console: Console) -> Tree:
     """Run the rounds; returns the final server state."""
     job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
-    state = algorithm.init(session.parts.model.init(fold(job.seed, "init")))
+    state = algorithm.init(session.theta.clone())
     clock.lap()
     lap = time.perf_counter()
     with console.live(job.rounds):
@@ -106,8 +105,10 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
             cohort = session.cohort(round, fleet)
             clock.enter("server")
             new = algorithm.round(state, cohort)
-            if cohort.latest.count:  # else nobody trained, and everything stays as it was
+            if cohort.latest.count:
                 state, fleet.accepted = new, round
+            else:
+                console.say(f"round {round + 1}: none of its clients has a batch; everything stays as it was")
             record = _record(round, cohort, fleet)
             if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
                 with clock.booked("evaluate"):
@@ -155,8 +156,7 @@ def _finish(
     memory, resident = fleet.memory_digest(), fleet.resident_bytes
     baselines = {}
     if session.baselines:
-        theta = parts.model.init(fold(job.seed, "init"))
-        baselines = session.baselines.run(fleet, session.scorer, theta, job.seed)
+        baselines = session.baselines.run(fleet, session.scorer, session.theta, job.seed)
     fleet.stop()
     for name, theta in parts.algorithm.models(state).items():
         folder.model(name, parts.model.state_dict(theta))
@@ -168,9 +168,10 @@ def _finish(
         "rounds": job.rounds,
         "seconds": seconds,
         **totals.summary(),
+        "metrics": list(parts.metrics),
         "baselines": baselines,
         "ranks": session.comm.size,
-        "same_bits": job.comm.sum == "exact",
+        "same_bits": job.comm.sum == "exact" and session.host.device.type == "cpu",
         "resident_bytes": resident,
         "dataset": parts.dataset.digest,
         "versions": versions(session.comm.library),
@@ -197,12 +198,15 @@ def _introduce(session: Session, console: Console) -> None:
     )
     if job.comm.sum != "exact":
         console.say('comm.sum = "float32": results depend on the number of ranks in their last bits')
+    if session.host.device.type != "cpu":
+        console.say(f"on {session.host.device.type}, results may differ in their last bits from run to run")
 
 
 def _conclude(summary: dict[str, Any], console: Console) -> None:
     """Print the closing table."""
     rows = [(name, f"{value:.4f}") for name, value in summary["scores"].items()]
-    rows += [(f"accuracy, {name}", f"{value:.4f}") for name, value in summary["baselines"].items()]
+    metric = next(iter(summary["metrics"]), "loss")
+    rows += [(f"{metric}, {name}", f"{value:.4f}") for name, value in summary["baselines"].items()]
     phases = sorted(summary["phases"].items(), key=lambda item: -item[1])
     rows += [
         ("rounds", f"{summary['rounds']} in {summary['seconds']:.1f} s"),
@@ -226,7 +230,8 @@ def _conclude(summary: dict[str, Any], console: Console) -> None:
 
 def _over_seeds(summaries: list[dict[str, Any]], folder: Path, console: Console) -> dict[str, Any]:
     """Mean and sample deviation of every score over seeds, printed and written beside the seeds' folders."""
-    each = [s["scores"] | {f"accuracy, {name}": value for name, value in s["baselines"].items()} for s in summaries]
+    metric = next(iter(summaries[0]["metrics"]), "loss")
+    each = [s["scores"] | {f"{metric}, {name}": value for name, value in s["baselines"].items()} for s in summaries]
     spread = {}
     for name in each[0]:
         values = [scores[name] for scores in each]
@@ -246,8 +251,8 @@ def dry_run(path: str | Path, overrides: Sequence[str], comm: World | Alone) -> 
         return
     console = Console()
     _introduce(session, console)
-    fleet = PlanFleet(session.host, comm.size)
-    state = session.parts.algorithm.init(session.parts.model.init(fold(job.seed, "init")))
+    fleet = PlanFleet(session.host, comm.size, session.parts.algorithm.works)
+    state = session.parts.algorithm.init(session.theta.clone())
     budget = job.data.cache_mb << 20
     cohort_of = lambda round: session.cohort(round, fleet)  # noqa: E731
     show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, session.scorer.central, budget, console)

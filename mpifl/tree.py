@@ -39,6 +39,11 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     }
 
 
+def one_row(rows: Tree) -> Tree:
+    """A zero tree like one row of a tree whose leaves have a leading axis (n, ...)."""
+    return tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), rows)
+
+
 def unflatten(named: dict[str, Any]) -> Tree:
     """Build the tree whose leaves have these dotted names."""
     tree: Tree = {}
@@ -49,6 +54,16 @@ def unflatten(named: dict[str, Any]) -> Tree:
             node = node.setdefault(folder, {})
         node[last] = value
     return tree
+
+
+def _refuse_unnameable(tree: Tree, path: str = "") -> None:
+    for name, value in tree.items():
+        if not isinstance(name, str) or "." in name:
+            raise ValueError(f"a tree's names are strings without dots, not {name!r}{path}; nest dicts instead")
+        if isinstance(value, dict):
+            if not value:
+                raise ValueError(f"branch '{name}'{path} of a tree is empty; leave it out")
+            _refuse_unnameable(value, f" in '{name}'{path}")
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -95,7 +110,8 @@ class Layout:
 
     @staticmethod
     def of(tree: Tree) -> Layout:
-        """Return the layout of `tree`."""
+        """Return the layout of `tree`; ValueError for names and branches that would not survive the wire."""
+        _refuse_unnameable(tree)
         return Layout.place((name, leaf.dtype, tuple(leaf.shape)) for name, leaf in leaves(tree))
 
     @staticmethod

@@ -188,10 +188,10 @@ class Algorithm(NamedTuple):
     """A federated method: server state and rounds, written against a Cohort; see mpifl/algorithms for examples.
 
     init: theta0 (P,) -> state. round: (state, cohort) -> new state; the old one stays as it was. works: all a
-    host may be asked; the index travels. models: state -> the vectors that are exported and scored,
-    {"model": theta} or one per cluster. memory: theta0 -> a client's state before its first visit ({}: none
-    is kept). weighting: what Upload.weight is. personal: how a client is scored, where that needs more than
-    a vector for all.
+    host may be asked, the one that trains last (its examples are a client's weight). models: state -> the vectors
+    that are exported and scored, {"model": theta} or one per cluster. memory: theta0 -> a client's state before its
+    first visit ({}: none is kept). weighting: what Upload.weight is. personal: how a client is scored, where that
+    needs more than a vector for all.
     """
 
     init: Callable[[Tensor], Tree]

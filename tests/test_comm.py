@@ -133,7 +133,7 @@ class _Watched:
     def __init__(self, comm, reduce):
         self._comm, self._reduce = comm, reduce
 
-    def Reduce(self, *buffers, **options):  # noqa: N802 - MPI's name
+    def Reduce(self, *buffers, **options):
         return self._reduce(self._comm, *buffers, **options)
 
     def __getattr__(self, name):

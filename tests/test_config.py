@@ -40,7 +40,7 @@ def changed(override):
         ("engine.name=serail", "there is no engine.name 'serail'; did you mean 'serial'? (allowed: auto, serial)"),
         ("comm.sum=exat", "there is no comm.sum 'exat'; did you mean 'exact'? (allowed: exact, float32)"),
         ("run.nonfinite=stopp", "there is no run.nonfinite 'stopp'; did you mean 'stop'? (allowed: exclude, stop)"),
-        ("run.device=gpu", "there is no run.device 'gpu'; did you mean 'cpu'? (allowed: auto, cpu, cuda)"),
+        ("run.device=gpu", "there is no run.device 'gpu'; did you mean 'cpu'? (allowed: cpu, cuda)"),
     ],
 )
 def test_unknown_keys_and_choices_are_answered_with_what_is_allowed(override, line):

@@ -1,6 +1,7 @@
 """What a run leaves behind: complete, consistent, readable without this package, and the same again when repeated."""
 
 import json
+import shutil
 import statistics
 import tomllib
 from itertools import pairwise
@@ -40,10 +41,10 @@ def split():
     """Rows of a split as a plain program would read them: split(name) -> x float32, y, offsets of clients."""
 
     def split(name):
-        with h5py.File(DIGITS / "index.h5") as index:
+        with h5py.File(DIGITS / "index.h5", locking=False) as index:
             feature = json.loads(index.attrs["features"])["x"]
         [path] = DIGITS.glob(f"{name}-*.h5")
-        with h5py.File(path) as shard:
+        with h5py.File(path, locking=False) as shard:
             x, y, offsets = shard["x"][:], shard["y"][:], shard["offsets"][:]
         x = (torch.from_numpy(x).float() - feature["mean"]) / feature["std"]
         return x, torch.from_numpy(y.astype(np.int64)), offsets
@@ -138,6 +139,17 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_used(done, tmp_path):
     assert {path: path.read_bytes() for path in done[0].rglob("*") if path.is_file()} == before
     summary = mpifl.run(train.DEFAULT_JOB, ["rounds=1", "cohort=1", "baselines=false", f"run.out={tmp_path}"])
     assert (tmp_path / "summary.json").exists() and summary["baselines"] == {}
+
+
+def test_files_of_the_dataset_are_closed_after_a_run_and_after_an_evaluation(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(DIGITS, data)
+    mpifl.run(train.DEFAULT_JOB, ["rounds=1", "cohort=1", "baselines=false", f"data.path={data}", f"run.out={out}"])
+    for path in data.iterdir():
+        h5py.File(path, "r+").close()
+    assert evaluate.main([str(out), "--json"]) == 0
+    for path in data.iterdir():
+        h5py.File(path, "r+").close()
 
 
 # --- the same again --------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def hypcluster(
         return Upload({}, weight(client), scratch={"cluster": carry["losses"].argmin()})
 
     choose = ClientWork(
-        lambda shared, client: {"losses": torch.zeros(clusters, dtype=torch.float64)},
+        lambda shared, client: {"losses": shared["thetas"].new_zeros(clusters, dtype=torch.float64)},
         choose_step,
         chosen,
         whole,
@@ -64,7 +64,8 @@ def hypcluster(
 
     def own(shared: Tree, client: Client) -> Tensor:
         # Who has rows to score but none to choose by gets the first.
-        cluster = client.scratch.get("cluster", torch.zeros((), dtype=torch.int64))
+        first = shared["thetas"].new_zeros((), dtype=torch.int64)
+        cluster = client.scratch.get("cluster", first)
         return shared["thetas"].index_select(0, cluster.view(1))[0]
 
     def start(shared: Tree, client: Client) -> Tree:

@@ -51,7 +51,9 @@ def scaffold(
     def finish(shared: Tree, client: Client, carry: Tree) -> Upload:
         pseudo_grad = shared["theta"] - carry["theta"]
         # c_i' - c_i = -c + mean gradient, in which c - c_i was added at every step.
-        change = pseudo_grad / (shared["lr"] * carry["steps"].clamp(min=1)) - shared["control"]
+        # A schedule may end at 0: such a visit learns nothing, and c_i stays.
+        length = shared["lr"] * carry["steps"].clamp(min=1)
+        change = torch.where(length > 0, pseudo_grad / length - shared["control"], 0.0)
         return Upload(
             update={"pseudo_grad": pseudo_grad, "control_change": change},
             weight=client.n if weighting == "examples" else torch.ones_like(client.n),

@@ -52,12 +52,18 @@ class Source:
             total = self.dataset.total(split)
             start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
             arrays = self.dataset.rows(split, start, stop)
-        columns = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        columns = {name: torch.from_numpy(_widened(array)).to(self.device) for name, array in arrays.items()}
         size = sum(column.nbytes for column in columns.values())
         if self.bytes + size <= self.budget:
             self.resident[key] = columns
             self.bytes += size
         return columns
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """The array in a dtype that torch can index: it knows wide unsigned integers by name only."""
+    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}.get(array.dtype.name)
+    return array if wider is None else array.astype(wider)
 
 
 def to_inputs(columns: Columns, features: dict[str, Any]) -> Columns:
@@ -110,6 +116,6 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
 def blank_columns(features: dict[str, Any], rows: int = 2) -> Columns:
     """Return zero columns of these features, (rows, ...), for a visit that only finds shapes."""
     return {
-        name: torch.from_numpy(np.zeros((rows, *feature.shape), dtype=feature.dtype))
+        name: torch.from_numpy(_widened(np.zeros((rows, *feature.shape), dtype=feature.dtype)))
         for name, feature in features.items()
     }

@@ -17,7 +17,7 @@ from mpifl.engine.clock import Clock
 from mpifl.engine.serial import checked_visit, keep_freed_memory, visit
 from mpifl.engine.store import ClientMemory
 from mpifl.rand import as_tensor, fold
-from mpifl.tree import Layout, Tree, leaves, tree_map
+from mpifl.tree import Layout, Tree, leaves, one_row, tree_map
 from mpifl.uplink.exact import Accumulator, Wire
 from mpifl.work import Client, ClientWork, Upload
 
@@ -94,21 +94,23 @@ class Host:
         self._turn(ask)
         self.clock.round = ask.round
         work = self.works[ask.work]
-        one = tree_map(lambda leaf: leaf.new_zeros(leaf.shape[1:]), ask.given)
-        total = Accumulator(self.wire(ask.work, ask.shared, one), ask.limits, ask.clients, self.rank)
-        shared = tree_map(lambda leaf: leaf.to(self.device), ask.shared)
+        wire = self.wire(ask.work, ask.shared, one_row(ask.given))
+        total = Accumulator(wire, ask.limits, ask.clients, self.rank)
+        shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))
         before = dict(self.clock.seconds)
         examples = steps = 0
         for row, id in enumerate(ask.ids.tolist()):
             self.clock.visit(id)
-            upload, n, ran = self._visit(work, shared, id, tree_map(lambda leaf, row=row: leaf[row], ask.given))
+            upload, n, ran = self._visit(work, shared, id, tree_map(lambda leaf, row=row: leaf[row], given))
             if upload is None:
                 continue
             with self.clock.during("sum"):
-                if total.add(id, upload):
-                    examples, steps = examples + n, steps + ran
-                    if work.batches.of == "client":
-                        self._keep(id, upload)
+                if not total.add(id, upload):
+                    self._forget(id)
+                    continue
+                examples, steps = examples + n, steps + ran
+                if work.batches.of == "client":
+                    self._keep(id, upload)
         self.clock.visit(-1)
         spent = {
             phase: self.clock.seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("load", "train", "sum")
@@ -170,11 +172,11 @@ class Host:
     def _client(self, id: int, key: int, n: int, given: Tree) -> Client:
         row = self.memory.read([id]) if self.memory.kept else {}
         return Client(
-            id=torch.tensor(id),
-            key=as_tensor(key),
-            n=torch.tensor(float(n)),
+            id=torch.tensor(id, device=self.device),
+            key=as_tensor(key).to(self.device),
+            n=torch.tensor(float(n), device=self.device),
             memory=tree_map(lambda leaf: leaf[0].to(self.device), row),
-            visits=torch.tensor(self.memory.visits(id)),
+            visits=torch.tensor(self.memory.visits(id), device=self.device),
             scratch=self.scratch.get(id, {}),
             given=given,
         )
@@ -184,6 +186,11 @@ class Host:
             self.memory.stage(id, upload.memory)
         if upload.scratch:
             self.fresh_scratch[id] = upload.scratch
+
+    def _forget(self, id: int) -> None:
+        """An excluded client keeps what it had before the round, whatever earlier asks staged."""
+        self.memory.unstage(id)
+        self.fresh_scratch.pop(id, None)
 
     def _blank_visit(self, work: int, shared: Tree, given: Tree) -> Upload:
         chosen = self.works[work]

@@ -10,7 +10,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,20 +30,17 @@ class ClientMemory:
         self.budget = budget
         self._rows_per_chunk = max(1, min(256, _CHUNK_BYTES // max(1, self.layout.bytes)))
         self._chunks: list[Tensor] = []
-        self._files: list[tempfile._TemporaryFileWrapper] = []
+        self.bytes = 0
+        """Bytes of all chunks, in memory or mapped."""
         self._slots: dict[int, int] = {}
         self._visits: dict[int, int] = {}
-        self._staged: dict[int, Tensor] = {}
+        self._staged: dict[int, int] = {}
+        self._free: list[int] = []
 
     @property
     def kept(self) -> bool:
         """Whether clients keep anything at all."""
         return self.layout.bytes > 0
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all chunks, in memory or mapped."""
-        return sum(chunk.nbytes for chunk in self._chunks)
 
     def visits(self, client: int) -> int:
         """How often the client's memory was written: 0 before its first accepted visit."""
@@ -67,24 +63,36 @@ class ClientMemory:
 
     def stage(self, client: int, memory: Tree) -> None:
         """Keep what a visit returned until `commit` or `discard`; staging again replaces it."""
-        self._staged[client] = self.layout.pack(memory, self.layout.empty())
+        if client not in self._staged:
+            self._staged[client] = self._take()
+        self.layout.pack(memory, self._row(self._staged[client]))
+
+    def unstage(self, client: int) -> None:
+        """Forget the client's staged row, if it has one."""
+        if client in self._staged:
+            self._free.append(self._staged.pop(client))
 
     def commit(self) -> None:
         """Make staged rows current."""
-        for client, row in self._staged.items():
-            self._row(self._slot(client)).copy_(row)
+        for client, slot in self._staged.items():
+            if client in self._slots:
+                self._free.append(self._slots[client])
+            self._slots[client] = slot
             self._visits[client] = self._visits.get(client, 0) + 1
         self._staged.clear()
 
     def discard(self) -> None:
         """Forget staged rows: the round was not accepted."""
+        self._free += self._staged.values()
         self._staged.clear()
 
     def write(self, clients: Sequence[int], rows: Tree, visits: Sequence[int]) -> None:
         """Put rows with a leading axis (K, ...) in place directly: from a checkpoint or another rank."""
         for k, client in enumerate(clients):
             row = unflatten({name: value[k] for name, value in leaves(rows)})
-            self.layout.pack(row, self._row(self._slot(client)))
+            if client not in self._slots:
+                self._slots[client] = self._take()
+            self.layout.pack(row, self._row(self._slots[client]))
             self._visits[client] = visits[k]
 
     def snapshot(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -99,19 +107,22 @@ class ClientMemory:
             for client, visits, row in self.snapshot()
         ]
 
-    def _slot(self, client: int) -> int:
-        slot = self._slots.setdefault(client, len(self._slots))
-        if slot == len(self._chunks) * self._rows_per_chunk:
+    def _take(self) -> int:
+        """A slot that holds nothing."""
+        if not self._free:
+            first = len(self._chunks) * self._rows_per_chunk
             self._chunks.append(self._new_chunk())
-        return slot
+            self._free = list(range(first + self._rows_per_chunk - 1, first - 1, -1))
+        return self._free.pop()
 
     def _row(self, slot: int) -> Tensor:
         return self._chunks[slot // self._rows_per_chunk][slot % self._rows_per_chunk]
 
     def _new_chunk(self) -> Tensor:
         shape = (self._rows_per_chunk, self.layout.bytes)
-        if self.bytes + shape[0] * shape[1] <= self.budget:
+        size = shape[0] * shape[1]
+        self.bytes += size
+        if self.bytes <= self.budget:
             return torch.zeros(shape, dtype=torch.uint8)
-        file = tempfile.NamedTemporaryFile(prefix="mpifl-memory-")  # noqa: SIM115 - lives as long as the store
-        self._files.append(file)
-        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
+        with tempfile.NamedTemporaryFile(prefix="mpifl-memory-") as file:  # the mapping outlives the name
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8).view(shape)

@@ -172,9 +172,9 @@ class Accumulator:
 
     def add(self, client: int, upload: Upload) -> bool:
         """Add one client's upload; returns False, and adds nothing, if any of its numbers is not finite."""
+        self._refuse_other_shapes(upload)
         values = [leaf.reshape(-1) for _, leaf in leaves(upload.update)]
-        small = torch.cat([_double(upload.weight), *(_double(leaf) for _, leaf in leaves(upload.stats))])
-        small = small.cpu().numpy()
+        small = torch.cat([_double(upload.weight), *(_double(leaf) for _, leaf in leaves(upload.stats))]).numpy()
         weight = float(small[0])
         scale = abs(weight) if math.isfinite(weight) else 1.0  # a bad weight is its own fault, not the first leaf's
         peaks = np.asarray(
@@ -200,6 +200,16 @@ class Accumulator:
         self._small += (small + self._small_magic) - self._small_magic
         return True
 
+    def _refuse_other_shapes(self, upload: Upload) -> None:
+        for expected, tree in ((self.wire.update, upload.update), (self.wire.stats, upload.stats)):
+            found = [(name, leaf.shape) for name, leaf in leaves(tree)]
+            if found != [(leaf.name, leaf.shape) for leaf in expected.leaves]:
+                names = [f"{leaf.name} {leaf.shape}" for leaf in expected.leaves]
+                raise ValueError(
+                    f"an upload holds {[f'{name} {tuple(shape)}' for name, shape in found]}, but the same work on "
+                    f"blank data gave {names}: names and shapes must not depend on the data"
+                )
+
     def _rounded(self, value: Tensor, weight: float, magic: float) -> Tensor:
         scratch = self._scratch.get(len(value))
         if scratch is None:
@@ -219,7 +229,7 @@ class Accumulator:
 
 
 def _double(leaf: Tensor) -> Tensor:
-    return leaf.reshape(-1).to(torch.float64)
+    return leaf.reshape(-1).to("cpu", torch.float64)
 
 
 def _largest(value: Tensor) -> float:
