@@ -72,7 +72,7 @@ def build(job: Job) -> Parts:
     algorithm = construct(function, table, job.algorithm["name"], model=model, seed=job.seed)
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm")
-    metrics = {_metric_name(name): named(name, METRICS, "metric") for name in job.run.metrics}
+    metrics = _metrics(job)
     _refuse_wrong_shapes(model, {"loss": model.loss, **metrics}, dataset.features)
     return Parts(dataset, model, algorithm, metrics)
 
@@ -184,8 +184,23 @@ def _refuse_wrong_shapes(model: Model, functions: dict[str, Metric], features: d
             raise UserError(f"{name} gives {found} for a batch of 2; it must give one number per example, (2,)")
 
 
-def _metric_name(name: str) -> str:
-    return name.rpartition(":")[2]
+def _metrics(job: Job) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for name in job.run.metrics:
+        short = name.rpartition(":")[2]
+        if short in metrics or short in ("loss", "examples"):
+            raise UserError(f"run.metrics has a second '{short}' (loss and examples are always there); rename it")
+        metrics[short] = named(name, METRICS, "metric")
+    return metrics
+
+
+def _batching(value: Any, where: str) -> Batching:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; write a table such as {{size = 20, epochs = 1}}")
+    batching = construct(Batching, value, where)
+    if batching.of != "client":
+        raise UserError(f'{where}.of is "{batching.of}"; clients train on what is theirs: leave it out')
+    return batching
 
 
 def _optimizer(value: Any, where: str) -> Optimizer:
@@ -204,5 +219,6 @@ def _schedule(value: Any, where: str) -> Schedule:
     return schedule.constant(convert(value, float, where))
 
 
+CONVERTERS[Batching] = _batching
 CONVERTERS[Optimizer] = _optimizer
 CONVERTERS[Schedule] = _schedule

@@ -117,6 +117,8 @@ class Job:
         ):
             if value < least:
                 raise UserError(f"{key} is {value}; it must be at least {least}")
+        if self.run.threads > 1024:
+            raise UserError(f"run.threads is {self.run.threads}; it must be at most 1024")
         for section in ("model", "algorithm"):
             if not isinstance(getattr(self, section).get("name"), str):
                 raise UserError(f'[{section}] needs a name, e.g. name = "{_EXAMPLES[section]}"')

@@ -13,6 +13,7 @@ from torch import nn
 from mpifl.algorithms.fedavg import fedavg
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Feature
+from mpifl.work import Algorithm, Batching, ClientWork, Upload
 
 SIZES = (7, 10, 5, 0, 11, 13, 1, 4, 9, 6, 3, 8)  # at batch size 4 the last batches hold 1, 2, 3 and 4 examples
 
@@ -32,6 +33,72 @@ def awkward_dataset(sizes=SIZES):
 
 def many_clients():
     return awkward_dataset([5] * 120)
+
+
+def dataset_of_the_process():
+    """What a generator seeded by the clock would do: other data on every rank."""
+    return awkward_dataset([5 + os.getpid() % 1000, 4])
+
+
+def dataset_that_stops_rank_1():
+    if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return awkward_dataset()
+
+
+def token_dataset():
+    """Unsigned 16-bit labels, as token ids come."""
+    plain = awkward_dataset()
+    clients = [plain.client("train", i) for i in range(plain.clients)]
+    features = {"x": Feature("float32", (6,)), "y": Feature("uint16", (), classes=3)}
+    return MemoryDataset([{**c, "y": c["y"].astype(np.uint16)} for c in clients], features=features)
+
+
+def two_asks(model):
+    """Keeps memory in its first ask; in the second, client 5's update is not a number in round 2."""
+
+    def finish(shared, client, carry):
+        return Upload({"one": torch.ones(())}, torch.ones(()), memory={"rounds": client.memory["rounds"] + 1})
+
+    def spoil(shared, client, carry):
+        bad = torch.where((client.id == 5) & (shared["round"] == 1), float("nan"), 1.0)
+        return Upload({"one": bad}, torch.ones(()))
+
+    start, step = lambda shared, client: {}, lambda shared, client, carry, batch: carry
+    first = ClientWork(start, step, finish, Batching(size=4))
+    second = ClientWork(start, step, spoil, Batching(size=4))
+
+    def one_round(state, cohort):
+        cohort.sum(first)
+        cohort.sum(second, round=float(cohort.round))
+        return state
+
+    return Algorithm(
+        lambda theta: {"theta": theta},
+        one_round,
+        (first, second),
+        lambda state: {"model": state["theta"]},
+        memory=lambda theta: {"rounds": torch.zeros(())},
+    )
+
+
+def fickle_upload(model):
+    """Names its upload by the data, which no buffer can carry."""
+    plain = fedavg(model)
+    train = plain.works[0]
+
+    def finish(shared, client, carry):
+        upload = train.finish(shared, client, carry)
+        name = "pseudo_grad" if int(client.id) < 0 else "other"
+        return upload._replace(update={name: upload.update["pseudo_grad"]})
+
+    worked = train._replace(finish=finish)
+
+    def one_round(state, cohort):
+        cohort.sum(worked, theta=state["theta"], lr=0.1)
+        return state
+
+    return plain._replace(works=(worked,), round=one_round)
 
 
 def net_with_dropout(features, hidden=33):

@@ -201,3 +201,19 @@ def test_success_exits_0_and_writes_the_summary(launch, tmp_path):
     done = launch(3, "-m", "mpifl.train", write_job(tmp_path), env=ENV)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["ranks"] == 3
+
+
+def test_rank_that_is_stopped_before_training_ends_the_job(launch, tmp_path):
+    job = write_job(tmp_path, data={"path": "parts:dataset_that_stops_rank_1"})
+    done = launch(3, "-m", "mpifl.train", job, timeout=40, env=ENV)
+    assert done.returncode != 0
+    assert "mpifl: terminated" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_different_data_are_refused(launch, tmp_path):
+    job = write_job(tmp_path, data={"path": "parts:dataset_of_the_process"})
+    done = launch(3, "-m", "mpifl.train", job, env=ENV)
+    assert done.returncode == 2
+    assert done.stderr.count("mpifl: ranks have different datasets") == 1
+    assert not (tmp_path / "out").exists()

@@ -4,8 +4,16 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
+from mpifl.comm import Alone
+from mpifl.data.memory import MemoryDataset
+from mpifl.engine.clock import Clock
+from mpifl.engine.host import Host
+from mpifl.engine.store import ClientMemory
+from mpifl.fleet import Fleet
 from mpifl.placement import by_owner, longest_first
+from mpifl.work import Batching, ClientWork
 
 
 def busiest(steps, home, hosts):
@@ -71,3 +79,34 @@ def test_an_owner_is_the_same_whoever_else_is_asked(hosts):
     assert (by_owner(some, hosts) == everyone[some]).all()
     counts = np.bincount(everyone, minlength=hosts)
     assert len(counts) == hosts and counts.max() - counts.min() <= 1
+
+
+class Recorder(Alone):
+    """Looks like a world of five ranks to a Fleet that only places."""
+
+    size = 5
+
+
+def test_a_client_costs_all_its_steps_of_a_round_whichever_work_is_asked_first():
+    sizes = [1000, 1000, 1000, *[20] * 17]
+    dataset = MemoryDataset([{"x": np.zeros((n, 1), np.float32)} for n in sizes])
+    nothing = lambda *arguments: {}  # noqa: E731
+    whole = ClientWork(nothing, nothing, nothing, Batching())
+    train = ClientWork(nothing, nothing, nothing, Batching(size=10))
+    host = Host((whole, train), dataset, ClientMemory({}), 0, Clock())
+    fleet = Fleet(Recorder(), host, of_a_round=(whole, train))
+    fleet.begin(0)
+    homes = fleet._place(whole, np.arange(20))
+    steps = train.batches.steps_of(np.asarray(sizes))
+    loads = [int(steps[homes == rank].sum()) for rank in range(1, 5)]
+    assert max(loads) == 100 and min(loads) == 34  # three big clients alone, the small ones on the fourth host
+    assert (fleet._place(train, np.arange(20)) == homes).all()
+
+
+def test_clients_with_memory_stay_with_their_owner():
+    dataset = MemoryDataset([{"x": np.zeros((n, 1), np.float32)} for n in (90, 1, 1, 1, 80, 1)])
+    train = ClientWork(*[lambda *arguments: {}] * 3, Batching(size=1))
+    host = Host((train,), dataset, ClientMemory({"kept": torch.zeros(2)}), 0, Clock())
+    fleet = Fleet(Recorder(), host, of_a_round=(train,))
+    homes = [fleet._place(train, ids).tolist() for ids in (np.arange(6), np.asarray([4, 0]))]
+    assert homes[1] == [homes[0][4], homes[0][0]]

@@ -1,0 +1,64 @@
+"""Whole jobs in one process, at the edges where a run must stop, go on, or leave somebody as it was."""
+
+import math
+
+import pytest
+
+import mpifl
+from mpifl.comm import Alone
+from mpifl.config import UserError, load
+from mpifl.engine.clock import Clock
+from mpifl.fleet import Fleet
+from mpifl.session import Session
+
+
+def job(tmp_path, **changes):
+    return {
+        "rounds": 3,
+        "data": {"path": "parts:awkward_dataset"},
+        "model": {"name": "parts:net_with_dropout"},
+        "algorithm": {"name": "fedavg", "batches": {"size": 4}},
+        "run": {"out": str(tmp_path / "out")},
+    } | changes
+
+
+def test_nobody_who_can_train_is_refused_before_training(tmp_path):
+    table = job(tmp_path, algorithm={"name": "scaffold", "batches": {"size": 100, "drop_last": True}})
+    with pytest.raises(UserError, match="none of the dataset's 12 clients has a batch"):
+        mpifl.run(table)
+
+
+def test_round_without_a_batch_is_reported_and_changes_nothing(tmp_path):
+    table = job(tmp_path, cohort=1, rounds=40, algorithm={"name": "fedavg", "batches": {"size": 13, "drop_last": True}})
+    summary = mpifl.run(table)
+    said = (tmp_path / "out" / "log.txt").read_text()
+    assert 0 < said.count("none of its clients has a batch") < 40
+    assert summary["steps"] == 40 - said.count("none of its clients has a batch")
+
+
+def test_excluded_client_keeps_its_memory_though_an_earlier_ask_of_the_round_staged_it(tmp_path):
+    session = Session.open(load(job(tmp_path, algorithm={"name": "parts:two_asks"})), Alone(), Clock())
+    algorithm, host = session.parts.algorithm, session.host
+    fleet = Fleet(Alone(), host, "exclude", say=lambda text: None)
+    for round in range(3):
+        fleet.begin(round)
+        algorithm.round({"theta": session.theta}, session.cohort(round, fleet))
+        fleet.accepted = round
+    host.settle(3, 2)
+    assert fleet.read_traffic().excluded == 1  # client 5, in round 2
+    assert [host.memory.visits(client) for client in (3, 4, 5)] == [0, 3, 2]
+    assert host.memory.read([4, 5])["rounds"].tolist() == [3.0, 2.0]
+
+
+def test_scaffold_survives_a_schedule_that_ends_at_zero(tmp_path):
+    algorithm = {"name": "scaffold", "client_lr": {"name": "cosine", "value": 0.1, "rounds": 3}, "batches": {"size": 4}}
+    assert math.isfinite(mpifl.run(job(tmp_path, algorithm=algorithm))["loss"])
+
+
+def test_upload_named_by_the_data_is_refused_with_both_names(tmp_path):
+    with pytest.raises(ValueError, match=r"holds .*other.*pseudo_grad"):
+        mpifl.run(job(tmp_path, algorithm={"name": "parts:fickle_upload"}))
+
+
+def test_wide_unsigned_labels_train(tmp_path):
+    assert mpifl.run(job(tmp_path, data={"path": "parts:token_dataset"}))["accuracy"] > 0.2
