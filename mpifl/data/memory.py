@@ -48,6 +48,10 @@ class MemoryDataset:
                     sha.update(f"{split} {index} {name} {arrays[name].shape}".encode())
                     sha.update(np.ascontiguousarray(arrays[name]).tobytes())
         self.digest = sha.hexdigest()
+        self._sizes = {
+            split: np.asarray([len(next(iter(arrays.values()))) for arrays in held], dtype=np.int64)
+            for split, held in self._clients.items()
+        }
         self._all: dict[str, dict[str, np.ndarray]] = {}
 
     def _check(self, split: str, index: int, arrays: Arrays) -> None:
@@ -66,7 +70,7 @@ class MemoryDataset:
 
     def sizes(self, split: str) -> np.ndarray:
         """Examples per client, (clients,) int64."""
-        return np.asarray([len(next(iter(arrays.values()))) for arrays in self._clients[split]], dtype=np.int64)
+        return self._sizes[split]
 
     def client_id(self, split: str, index: int) -> str:
         """The client's name: here its index."""
