@@ -104,7 +104,7 @@ def test_interruption_ends_the_job_cleanly(launch, tmp_path, ranks, number, stat
     job = misbehaving(tmp_path, "sleep")
     stop = threading.Thread(target=_signal_when_training, args=(tmp_path / "out", number, ranks is None))
     stop.start()
-    done = launch(ranks, "-m", "mpifl.train", job, timeout=30, env=ENV)
+    done = launch(ranks, "-m", "mpifl.train", job, timeout=60, env=ENV)
     stop.join()
     assert done.returncode != 0
     assert "Traceback" not in done.stderr

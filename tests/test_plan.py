@@ -53,3 +53,22 @@ def test_plan_equals_what_the_run_counts(launch, tmp_path, algorithm, ranks):
     resident = json.loads((tmp_path / "out" / "summary.json").read_text())["resident_bytes"]
     for expected, measured in zip(memory, resident):
         assert expected * 2**20 == pytest.approx(measured, rel=0.25)
+
+
+def test_planned_memory_holds_where_client_memory_dominates(launch, tmp_path):
+    """100 clients that keep 4.3 MB each: two hosts hold half of them, and a round's new rows beside them."""
+    job = tmp_path / "job.toml"
+    table = {
+        "rounds": 6,
+        "cohort": 50,
+        "model": {"name": "mlp", "hidden": [1000, 1000]},
+        "algorithm": {"name": "scaffold", "batches": {"size": 10}},
+        "run": {"out": str(tmp_path / "out"), "eval_every": 6},
+    }
+    job.write_text(to_toml(table))
+    _, memory = planned(launch(3, "-m", "mpifl.train", job, "--dry-run", env=ENV).stdout)
+    assert launch(3, "-m", "mpifl.train", job, "--quiet", env=ENV).returncode == 0
+    resident = json.loads((tmp_path / "out" / "summary.json").read_text())["resident_bytes"]
+    assert resident[1] > resident[0] + 250 * 2**20
+    for expected, measured in zip([*memory, memory[1]], resident, strict=True):
+        assert expected * 2**20 == pytest.approx(measured, rel=0.25)
