@@ -108,7 +108,7 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
             if cohort.latest.count:
                 state, fleet.accepted = new, round
             else:
-                console.say(f"round {round + 1}: no client counted (none has a batch, or all were left out); nothing changes")
+                console.say(f"round {round + 1}: no client counted (no batches, or left out); nothing changes")
             record = _record(round, cohort, fleet)
             if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
                 with clock.booked("evaluate"):
