@@ -153,7 +153,7 @@ class ModuleModel(Model):
         parameters = [module.get_parameter(name) for name in names]
         size = sum(p.numel() for p in parameters)
         super().__init__(size, lambda seed: _trainable(_make(factory, seed)), self._scores, loss)
-        self.factory, self.module, self.inputs = factory, module, inputs
+        self.module, self.inputs = module, inputs
         self.takes_key = "key" in inspect.signature(module.forward).parameters
         self._names, self._parameters = names, parameters
         self._shapes, self._sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
