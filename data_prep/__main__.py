@@ -1,85 +1,162 @@
-"""`python -m data_prep NAME ...`: convert a source into a dataset of shards, and say what came out."""
+"""`python -m data_prep NAME ...`: convert a source into a dataset of shards; verify, describe or reshard one."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
 
-import numpy as np
-
-from data_prep import digits, mnist
-from mpifl.config import UserError, choice
+from data_prep.info import describe
+from data_prep.report import report
+from data_prep.writing import cores, key_of, write
+from mpifl.comm import Alone, World
+from mpifl.config import choice
+from mpifl.data.pieces import COMPRESSIONS, Storage
 from mpifl.data.shard import Dataset
+from mpifl.data.writer import Unfinished
+from mpifl.launch import Parser, agree, command
 
-CONVERTERS = {"digits": digits, "mnist": mnist}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with every mistake on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+CONVERTERS = {
+    "digits": "digits",
+    "mnist": "mnist",
+    "emnist": "emnist",
+    "cifar10": "cifar10",
+    "cifar100": "cifar100",
+    "images": "images",
+    "table": "tables",
+    "hf": "hf",
+    "tff-emnist": "tff_emnist",
+    "tff-shakespeare": "tff_shakespeare",
+    "tff-cifar100": "tff_cifar100",
+    "tff-stackoverflow": "tff_stackoverflow",
+    "fedjax": "fedjax_sqlite",
+    "leaf-femnist": "leaf_femnist",
+    "leaf-shakespeare": "leaf_shakespeare",
+    "leaf-sent140": "leaf_sent140",
+    "leaf-celeba": "leaf_celeba",
+    "leaf-reddit": "leaf_reddit",
+    "leaf-synthetic": "leaf_synthetic",
+}
+TOOLS = {"verify": "verify", "info": "info", "report": "report", "reshard": "reshard"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one converter and return the exit status: 0, or 2 for what the user can mend."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        if arguments and not arguments[0].startswith("-"):
-            choice(arguments[0], CONVERTERS, "converter")
-        options = _parser().parse_args(arguments)
-        CONVERTERS[options.name].convert(options)
-        print(summary(options.out))
-    except (UserError, OSError) as error:
-        print(f"python -m data_prep: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run one converter or tool; returns the exit status: 0, 2 for what the user can mend."""
+    return command(_command, arguments)
 
 
-def summary(path: Path) -> str:
-    """Describe a finished dataset with labels in column `y`: where it is, its splits, clients and sizes."""
-    dataset = Dataset(path)
-    lines = [f"dataset: {path}"]
-    for split in dataset.splits:
-        line = f"  {split}: {dataset.total(split):,} examples, "
-        if dataset.central(split):
-            lines.append(line + "central")
-            continue
-        sizes = dataset.sizes(split)
-        labels = [len(np.unique(dataset.client(split, index)["y"])) for index in range(len(sizes))]
-        lines.append(line + f"{len(sizes):,} clients; {_spread('size', sizes)}; {_spread('labels per client', labels)}")
-    dataset.close()
-    return "\n".join(lines)
-
-
-def _spread(what: str, values: Sequence[int]) -> str:
-    return f"{what} min {min(values)}, median {np.median(values):g}, max {max(values)}"
-
-
-def _parser() -> Parser:
+def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
+    name, *rest = arguments or ["--help"]
+    if name.startswith("-"):
+        _general_parser().read(comm, arguments or ["--help"])
+        return
+    agree(comm, lambda: choice(name, [*CONVERTERS, *TOOLS], "converter or tool"))
+    module = _module(name)
     parser = Parser(
-        prog="python -m data_prep",
-        description="Convert a source into a dataset of shards.\n\n"
-        + "\n".join(f"{name}: {module.__doc__}" for name, module in CONVERTERS.items()),
-        epilog="python -m data_prep NAME --help lists a converter's options",
+        prog=f"python -m data_prep {name}",
+        description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
-    for name, module in CONVERTERS.items():
-        command = commands.add_parser(
-            name,
-            help=module.__doc__.splitlines()[0],
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset, to be made")
-        module.add_arguments(command)
-    return parser
+    module.add_arguments(parser)
+    if name in CONVERTERS:
+        _add_arguments(parser)
+    if {"-h", "--help"} & set(rest):  # before what is required is asked for
+        parser.print_help() if comm.rank == 0 else None
+        return
+    options = parser.read(comm, rest)
+    if options is None:
+        return
+    if name in TOOLS:
+        agree(comm, lambda: module.run(options) if comm.rank == 0 else None)
+        return
+    _convert(comm, name, rest, options)
+
+
+def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: argparse.Namespace) -> None:
+    jobs = options.jobs or (cores() if comm.size == 1 else 1)
+    agree(comm, lambda: Unfinished(options.out))  # refuse what exists before looking at the source
+    conversion = agree(comm, lambda: _module(name).prepare(options))
+    asked = _without(arguments, "--out", "--jobs")
+    sources = [value for value in vars(options).values() if isinstance(value, Path) and value != options.out]
+    named = {str(source): source.name for source in sources}  # where they lay is nobody's business
+    made = {"command": shlex.join(["python", "-m", "data_prep", name, *(named.get(word, word) for word in asked)])}
+    conversion = replace(conversion, provenance=conversion.provenance | made)
+    how = (options.shard_mb << 20, options.compression, conversion.standardize or "")
+    storage = agree(comm, lambda: Storage(conversion.features, *how))
+    key = agree(comm, lambda: key_of([name, *asked], sources))
+    write(conversion, options.out, storage, jobs, key, comm)
+    if comm.rank == 0:
+        print(describe(options.out))
+        _report(options.out)
+
+
+def _report(path: Path) -> None:
+    """Print how labels and sizes lie over clients; draw it beside the shards, if there is something to draw with."""
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    with closing(Dataset(path)) as dataset:
+        anybody = any(dataset.sizes(split).any() for split in dataset.splits if not dataset.central(split))
+        picture = path / "report.png" if drawn and anybody else None
+        print(report(dataset, picture))
+    print(
+        f"picture   {picture}"
+        if picture
+        else f"python -m data_prep report {path} --png FILE draws it (with matplotlib)"
+    )
+
+
+def _add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("writing")
+    group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset, to be made")
+    group.add_argument("--jobs", type=_count, metavar="N", help="processes (default: one per core; under mpirun: 1)")
+    group.add_argument("--shard-mb", type=_count, default=256, metavar="MB", help="size of a shard file (default: 256)")
+    group.add_argument(
+        "--compression", choices=("", *COMPRESSIONS), default="", help="smaller files, slower reading (default: none)"
+    )
+
+
+def _general_parser() -> Parser:
+    def listed(names: dict[str, str]) -> list[str]:
+        return [f"  {name:<18}{_module(name).__doc__.splitlines()[0]}" for name in names]
+
+    details = [f"{name}: {_module(name).__doc__}" for name in CONVERTERS]
+    lines = ["Convert a source into a dataset of shards:", *listed(CONVERTERS), "", "Look at a dataset, or recut it:"]
+    return Parser(
+        prog="python -m data_prep",
+        usage="python -m data_prep NAME [options]",
+        description="\n".join([*lines, *listed(TOOLS), "", "What to put where:", "", *details]),
+        epilog="python -m data_prep NAME --help lists a converter's options",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"data_prep.{(CONVERTERS | TOOLS)[name]}")
+
+
+def _without(arguments: Sequence[str], *names: str) -> list[str]:
+    """The arguments without these options and their values; --option=value as two words."""
+    kept, skip = [], False
+    for word in (part for word in arguments for part in (word.split("=", 1) if word[:2] == "--" else [word])):
+        option, equals, _ = word.partition("=")
+        if not skip and option not in names:
+            kept.append(word)
+        skip = option in names and not equals
+    return kept
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

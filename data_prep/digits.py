@@ -8,13 +8,14 @@ drawn from Dir(0.5).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import numpy as np
 
+from data_prep.conversion import Conversion, Split
 from data_prep.partition import dirichlet, stratified
 from mpifl.config import UserError
-from mpifl.data.shard import Feature
-from mpifl.data.writer import ShardWriter
+from mpifl.data.format import Columns, Feature
 
 CLIENTS, ALPHA, TEST, SEED = 100, 0.5, 360, 0
 FEATURES = {"x": Feature("uint8", (8, 8), mean=0.0, std=16.0), "y": Feature("uint8", (), classes=10)}
@@ -23,7 +24,6 @@ PROVENANCE = {
     "Learning Repository: its 1,797 test images, as bundled with scikit-learn",
     "made": f"{TEST} images stratified by label are split test; the others on {CLIENTS} clients, "
     f"label distributions from Dir({ALPHA}), seed {SEED}; pixels 0 to 16 unchanged",
-    "command": "python -m data_prep digits",
     "licence": "CC BY 4.0",
 }
 
@@ -32,16 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare nothing: this dataset is always the same."""
 
 
-def convert(options: argparse.Namespace) -> None:
-    """Write the dataset to `options.out`."""
-    with ShardWriter(options.out, FEATURES, PROVENANCE) as writer:
-        columns = _load()
-        test = stratified(columns["y"], TEST, SEED)
-        train = np.setdiff1d(np.arange(len(columns["y"])), test)
-        parts = dirichlet(columns["y"][train], CLIENTS, ALPHA, SEED)
-        rows = ({name: column[train[part]] for name, column in columns.items()} for part in parts)
-        writer.write("train", ((f"client-{i:03d}", client) for i, client in enumerate(rows)))
-        writer.central("test", {name: column[test] for name, column in columns.items()})
+def prepare(options: argparse.Namespace) -> Conversion:
+    """Say what is written; UserError without scikit-learn."""
+    _load()
+    return Conversion(
+        FEATURES,
+        (
+            Split("train", [None], _train, clients=CLIENTS),
+            Split("test", [None], _test, central=True),
+        ),
+        PROVENANCE,
+    )
+
+
+def _train(_: None) -> Iterator[tuple[str, Columns]]:
+    columns = _load()
+    train = np.setdiff1d(np.arange(len(columns["y"])), stratified(columns["y"], TEST, SEED))
+    for number, part in enumerate(dirichlet(columns["y"][train], CLIENTS, ALPHA, SEED)):
+        yield f"client-{number:03d}", {name: column[train[part]] for name, column in columns.items()}
+
+
+def _test(_: None) -> Iterator[tuple[str, Columns]]:
+    columns = _load()
+    test = stratified(columns["y"], TEST, SEED)
+    yield "", {name: column[test] for name, column in columns.items()}
 
 
 def _load() -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import torch
 
 from mpifl.algorithms.fedavg import local_training
 from mpifl.fleet import Fleet
-from mpifl.measure import Metric, scoring
+from mpifl.measure import Metric, headline, ratios, scoring
 from mpifl.model import Model
 from mpifl.optim import Optimizer
 from mpifl.rand import fold, sample
@@ -29,7 +29,7 @@ class Baselines:
     alone: ClientWork
     score: ClientWork
     opt: Optimizer
-    metric: str
+    metrics: tuple[str, ...]
 
     @staticmethod
     def of(
@@ -43,8 +43,9 @@ class Baselines:
             return Upload({}, torch.ones_like(client.n), scratch={"theta": carry["theta"]})
 
         everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "uniform")
-        score = scoring(model, metrics, split, "all", lambda shared, client: client.scratch["theta"])
-        return Baselines(everybody, alone._replace(finish=keep), score, opt, next(iter(metrics), "loss"))
+        own = lambda shared, client: client.scratch["theta"]  # noqa: E731
+        score = scoring(model, metrics, split, "all", own, numbers_only=True)
+        return Baselines(everybody, alone._replace(finish=keep), score, opt, tuple(metrics))
 
     @property
     def works(self) -> tuple[ClientWork, ...]:
@@ -52,16 +53,17 @@ class Baselines:
         return (self.everybody, self.alone, self.score)
 
     def run(self, fleet: Fleet, scorer: Scorer, theta: torch.Tensor, seed: int) -> dict[str, float]:
-        """Return the job's first metric of {"centralized": ..., "mean client alone": ...}, both from theta0, (P,)."""
+        """Return the job's first metric that is one number, of {"centralized": ..., "mean client alone": ...}.
+
+        theta: where both start, (P,).
+        """
         fleet.begin(fleet.round + 1)
         shared = {"theta": theta, "lr": torch.tensor(self.opt.lr(0))}
         trained = fleet.ask(self.everybody, np.zeros(1, dtype=np.int64), None, shared).mean
-        figures = {"centralized": score_central(fleet, scorer, theta - trained["pseudo_grad"])}
+        centralized = score_central(fleet, scorer, theta - trained["pseudo_grad"])
         able = np.flatnonzero(self.alone.batches.steps_of(fleet.host.dataset.sizes("train")))
         clients = able[sample(fold(seed, "baselines"), len(able), MOST_CLIENTS)]
         fleet.ask(self.alone, clients, None, shared)
         _, sums = fleet.rows(self.score, clients, {})
-        return {
-            "centralized": figures["centralized"][self.metric],
-            "mean client alone": float((sums[self.metric] / sums["examples"]).mean()),
-        }
+        metric = headline(self.metrics, centralized)
+        return {"centralized": centralized[metric], "mean client alone": float(ratios(sums)[metric].mean())}

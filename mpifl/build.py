@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,47 @@ from mpifl.algorithms.fedavg import fedavg
 from mpifl.algorithms.hypcluster import hypcluster
 from mpifl.algorithms.mime import mime
 from mpifl.algorithms.scaffold import scaffold
-from mpifl.config import CONVERTERS, Job, UserError, choice, construct, convert
+from mpifl.config import CONVERTERS, Job, Table, UserError, choice, construct, convert
 from mpifl.data.batches import blank_columns, to_inputs
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Dataset, embedded
-from mpifl.measure import Metric, accuracy
-from mpifl.model import Model, cross_entropy, from_module, refuse_changing_buffers
-from mpifl.models.cnn import emnist_conv
+from mpifl.data.staging import stage
+from mpifl.measure import Counts, Metric, Ratio, accuracy, confusion, per_domain, token_accuracy, token_loss, top_k
+from mpifl.model import Loss, Model, cross_entropy, from_module, refuse_changing_buffers, token_cross_entropy
+from mpifl.models.cnn import cifar_cnn, emnist_conv
+from mpifl.models.hf import text_classifier
+from mpifl.models.images import Images
 from mpifl.models.linear import logistic, mlp
+from mpifl.models.lstm import char_lstm, word_lstm
+from mpifl.models.resnet import resnet18
+from mpifl.models.transformer import transformer
 from mpifl.optim import Optimizer
 from mpifl.rand import as_tensor
 from mpifl.schedule import Schedule
 from mpifl.work import Algorithm, Batching
 
 ALGORITHMS = {"fedavg": fedavg, "scaffold": scaffold, "mime": mime, "hypcluster": hypcluster}
-MODELS = {"logistic": logistic, "mlp": mlp, "emnist_conv": emnist_conv}
-METRICS = {"accuracy": accuracy}
-LOSSES = {"cross_entropy": cross_entropy}
+MODELS = {
+    "logistic": logistic,
+    "mlp": mlp,
+    "emnist_conv": emnist_conv,
+    "cifar_cnn": cifar_cnn,
+    "resnet18": resnet18,
+    "char_lstm": char_lstm,
+    "word_lstm": word_lstm,
+    "transformer": transformer,
+    "text_classifier": text_classifier,
+}
+METRICS = {
+    "accuracy": accuracy,
+    "top_k": top_k,
+    "confusion": confusion,
+    "per_domain": per_domain,
+    "token_accuracy": token_accuracy,
+    "token_loss": token_loss,
+}
+RESERVED_SCORES = ("loss", "test_loss", "examples", "weight")
+LOSSES = {"cross_entropy": cross_entropy, "token_cross_entropy": token_cross_entropy}
 SCHEDULES = {"constant": schedule.constant, "step": schedule.step, "cosine": schedule.cosine}
 OPTIMIZERS = {
     name: getattr(optim, name)
@@ -73,7 +99,7 @@ def build(job: Job) -> Parts:
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm")
     metrics = _metrics(job)
-    _refuse_wrong_shapes(model, {"loss": model.loss, **metrics}, dataset.features)
+    _refuse_wrong_shapes(model, metrics, dataset.features)
     return Parts(dataset, model, algorithm, metrics)
 
 
@@ -143,55 +169,113 @@ def _dataset(job: Job) -> Any:
     if not Path(path).is_dir():
         how = job.data.made_by or "python -m data_prep --help lists what can be prepared"
         raise UserError(f"data.path is '{path}', and there is no such folder; make it with: {how}")
-    return Dataset(path)
+    return Dataset(stage(Path(path), job.data.stage) if job.data.stage else path)
 
 
 def _model(job: Job, features: dict[str, Any]) -> Model:
     table = dict(job.model)
     name, inputs = table.pop("name"), convert(table.pop("inputs", "x"), str, "model inputs")
-    loss = named(table.pop("loss", "cross_entropy"), LOSSES, "loss")
-    function = named(name, MODELS, "model")
+    loss = _loss(table.pop("loss", _usual_loss(features)))
+    function, images, seen = named(name, MODELS, "model"), None, features
+    if "images" in table:
+        images = convert(table.pop("images"), Images, "model.images")
+        seen = features | {inputs: images.seen(_column(features, inputs))}
 
     def factory() -> Any:
-        return construct(function, table, name, features=features)
+        return construct(function, table, name, features=seen)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # frozen weights are the same on every rank
         made = factory()
     if isinstance(made, Model):
+        if images is not None:
+            raise UserError(f"model.images is for modules; {name} is a Model, which treats its own inputs")
         return made
-    if inputs not in features:
-        raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
-    model = from_module(factory, loss, inputs, made)
-    batch = to_inputs(blank_columns(features), features) | {"key": as_tensor(0)}
+    shape = (2, *_column(seen, inputs).shape)
+    model = from_module(factory, loss, inputs, made, images)
+    batch = to_inputs(blank_columns(seen), seen) | {"key": as_tensor(0)}
     try:
         refuse_changing_buffers(factory, batch, inputs)
     except (RuntimeError, IndexError, TypeError) as error:
-        shape = (2, *features[inputs].shape)
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {name} cannot be run on column '{inputs}', a batch of {shape}: {reason}") from error
     return model
 
 
-def _refuse_wrong_shapes(model: Model, functions: dict[str, Metric], features: dict[str, Any]) -> None:
-    """Losses and metrics must give a number per example: try them on zeros."""
+def _column(features: dict[str, Any], inputs: str) -> Any:
+    if inputs not in features:
+        raise UserError(f"model.inputs is '{inputs}'; the dataset has columns {', '.join(features)}")
+    return features[inputs]
+
+
+def _usual_loss(features: dict[str, Any]) -> str:
+    """Targets that are sequences are tokens."""
+    return "token_cross_entropy" if "y" in features and len(features["y"].shape) == 1 else "cross_entropy"
+
+
+def _loss(value: Any) -> Loss:
+    """A loss by its name, or by a table of name and options."""
+    if not isinstance(value, Mapping):
+        return named(value, LOSSES, "loss")
+    if "name" not in value:
+        raise UserError(f'model.loss is {dict(value)!r}; write a name, or a table such as {{name = "cross_entropy"}}')
+    options = dict(value)
+    name = options.pop("name")
+    return _with_options(named(name, LOSSES, "loss"), options, name)
+
+
+def _with_options(function: Any, options: Table, name: str) -> Any:
+    """A function of (scores, batch) whose further arguments are `options`, checked against its signature."""
+    scores_and_batch = dict.fromkeys(list(inspect.signature(function).parameters)[:2])
+    checked = construct(wraps(function)(lambda **arguments: arguments), options, name, **scores_and_batch)
+    return partial(function, **{option: checked[option] for option in options})
+
+
+def _refuse_wrong_shapes(model: Model, metrics: dict[str, Metric], features: dict[str, Any]) -> None:
+    """A loss must give a number per example, metrics values per example or sums of what counts: try them on zeros."""
     batch = to_inputs(blank_columns(features), features) | {"index": torch.arange(2)}
     scores = model.scores(torch.zeros(model.size), batch)
-    for name, function in functions.items():
-        values = function(scores, batch)
-        if not isinstance(values, torch.Tensor) or values.shape != (2,):
-            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-            raise UserError(f"{name} gives {found} for a batch of 2; it must give one number per example, (2,)")
+    losses = model.loss(scores, batch)
+    if not isinstance(losses, torch.Tensor) or losses.shape != (2,):
+        raise UserError(f"loss gives {_found(losses)} for a batch of 2; it must give one number per example, (2,)")
+    for name, metric in metrics.items():
+        what, values = f"metric {name} gives", metric(scores, batch)
+        if isinstance(values, Ratio | Counts):
+            if len({part.shape for part in values}) > 1:
+                shapes = " to ".join(map(_found, values))
+                raise UserError(f"{what} a Ratio of {shapes}; values and weights must have one shape")
+            if any(part.any() for part in metric(scores, batch | {"mask": torch.zeros(2, dtype=torch.bool)})):
+                raise UserError(f'{what} sums over rows that batch["mask"] leaves out; use mpifl.measure.example_sums')
+        elif not isinstance(values, torch.Tensor) or values.shape[:1] != (2,):
+            allowed = "it must give (2, ...), or a Ratio or Counts of mpifl.measure"
+            raise UserError(f"{what} {_found(values)} for a batch of 2; {allowed}")
+
+
+def _found(values: Any) -> str:
+    return str(tuple(values.shape)) if isinstance(values, torch.Tensor) else type(values).__name__
 
 
 def _metrics(job: Job) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
-    for name in job.run.metrics:
-        short = name.rpartition(":")[2]
-        if short in metrics or short in ("loss", "examples"):
-            raise UserError(f"run.metrics has a second '{short}' (loss and examples are always there); rename it")
-        metrics[short] = named(name, METRICS, "metric")
+    for entry in job.run.metrics:
+        options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        label = str(options.pop("as", str(options.get("name")).rpartition(":")[2]))
+        if label in metrics or label in RESERVED_SCORES:
+            always = ", ".join(RESERVED_SCORES)
+            raise UserError(f"run.metrics has a second '{label}' ({always} are always there); add as = \"...\" to it")
+        if not label or set(label) & {".", "/"}:
+            raise UserError(f"run.metrics has as = '{label}'; write a name without . and /")
+        metrics[label] = _metric(options, "run.metrics")
     return metrics
+
+
+def _metric(value: Any, where: str) -> Metric:
+    """A metric by its name, or by a table of name and options."""
+    options = dict(value) if isinstance(value, Mapping) else {"name": value}
+    if "name" not in options:
+        raise UserError(f'{where} has {options!r}; write a name, or a table such as {{name = "top_k", k = 5}}')
+    name = options.pop("name")
+    return _with_options(named(name, METRICS, "metric"), options, f"metric {name}")
 
 
 def _batching(value: Any, where: str) -> Batching:
@@ -220,5 +304,6 @@ def _schedule(value: Any, where: str) -> Schedule:
 
 
 CONVERTERS[Batching] = _batching
+CONVERTERS[Metric] = _metric
 CONVERTERS[Optimizer] = _optimizer
 CONVERTERS[Schedule] = _schedule

@@ -40,12 +40,14 @@ def choice(name: str, allowed: Iterable[str], what: str) -> str:
 class Data:
     """[data] path: a folder, "digits" (embedded), or "package.module:function". made_by: the command that makes it.
 
-    cache_mb: MiB of a rank's clients kept in memory once read.
+    cache_mb: MiB per rank for clients' data: what fits stays in memory once read, otherwise it bounds what is fetched
+    ahead. stage: a folder on each node's own disk, to which the shards are copied first.
     """
 
     path: str = "digits"
     made_by: str = ""
     cache_mb: int = 512
+    stage: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,18 @@ class Comm:
 class Run:
     """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
 
-    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. metrics: "accuracy" or
-    "package.module:function". nonfinite: what a NaN or infinite update does. memory_mb: MiB of client memory
-    per rank before it spills to mapped files.
+    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: how many
+    rows of the test split they score, in whole blocks of 512, the same ones each time (0: all). metrics: each
+    "accuracy", "package.module:function" or a table of name, options and, where two have one name, `as`. nonfinite:
+    what a NaN or infinite update does. memory_mb: MiB of client memory per rank before it spills to mapped files.
     """
 
     out: str = ""
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 1
-    metrics: tuple[str, ...] = ("accuracy",)
+    eval_rows: int = 0
+    metrics: tuple[str | Table, ...] = ("accuracy",)
     nonfinite: Literal["stop", "exclude"] = "stop"
     memory_mb: int = 4096
 
@@ -112,6 +116,7 @@ class Job:
         for key, value, least in (
             ("run.threads", self.run.threads, 1),
             ("run.eval_every", self.run.eval_every, 1),
+            ("run.eval_rows", self.run.eval_rows, 0),
             ("data.cache_mb", self.data.cache_mb, 0),
             ("run.memory_mb", self.run.memory_mb, 0),
         ):
@@ -215,7 +220,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if origin is Literal:
         return choice(value, inner, f"{where}")
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else convert(value, next(k for k in inner if k is not type(None)), where)
+        first, *_, last = [k for k in inner if k is not type(None)] * 2
+        return None if value is None else convert(value, last if isinstance(value, Mapping) else first, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(item, inner[0], where) for item in value)
     if origin is dict or kind is dict:
@@ -232,6 +238,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 def _spoken(kind: Any) -> str:
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    words[str | Table] = "a name or a table"
     if typing.get_origin(kind) is tuple:
         return f"a list, each {words.get(typing.get_args(kind)[0], 'a value')}"
     return words.get(kind, "a table")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 PIPE_WIDTH = 110
 """Columns where there is no terminal: a digest fits on its line."""
+LONGEST_VECTOR = 10
+"""Numbers of a score that are printed."""
 LAUNCHERS = {"mpirun", "mpiexec", "mpiexec.hydra", "prterun", "prted", "orterun", "orted", "hydra_pmi_proxy"}
 
 
@@ -65,7 +69,8 @@ class Console:
         loss = [] if record["loss"] is None else [f"loss {record['loss']:.4f}"]
         speed = f"{record['clients'] / max(record['seconds']['total'], 1e-9):.0f} clients/s"
         if "scores" in record:
-            self._scores = [f"{name} {value:.4f}" for name, value in record["scores"].items()]
+            numbers = {name: value for name, value in record["scores"].items() if isinstance(value, float)}
+            self._scores = [f"{name} {value:.4f}" for name, value in numbers.items()]
             line = "  ".join([f"round {record['round']:>{len(str(rounds))}}/{rounds}", *loss, *self._scores, speed])
             self._append(line + "\n") if self._bar else self.say(line)
         if self._bar:
@@ -127,6 +132,18 @@ def _process(pid: int) -> tuple[str, int] | None:
     except OSError:
         return None
     return (Path(os.fsdecode(command)).name or name), int(rest.split()[1])
+
+
+def score_rows(scores: Mapping[str, Any], file: str) -> list[tuple[str, str]]:
+    """Format scores for a table: numbers and short vectors; for what is larger its shape, and the file that has it."""
+    rows = []
+    for name, value in scores.items():
+        shape = np.shape(value)
+        if len(shape) > 1 or math.prod(shape) > LONGEST_VECTOR:
+            rows.append((name, f"{' x '.join(map(str, shape))} numbers in {file}"))
+        else:
+            rows.append((name, ", ".join(f"{number:.4f}" for number in np.atleast_1d(value))))
+    return rows
 
 
 def readable_bytes(count: float) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,21 +17,24 @@ from torch import Tensor
 
 from mpifl.comm import Alone, World
 from mpifl.config import UserError, load
-from mpifl.console import Console
+from mpifl.console import Console, score_rows
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
 from mpifl.scoring import score_central, score_clients
 from mpifl.session import Session
 
+BEST_LOW, BEST_HIGH = ("loss", "token_loss"), ("accuracy", "top_k", "token_accuracy")
+"""Figures of which it is known which end is the worst."""
 
-def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, dict[str, float]] | None:
+
+def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, dict[str, Any]] | None:
     """Score every model in a run folder; returns {model: {metric: value}} on rank 0, also for single clients."""
     job = agree(comm, lambda: load(_existing(folder / "config.toml")))
     job = dataclasses.replace(job, baselines=False)
     session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
     vectors = agree(comm, lambda: _models(folder, session))
-    with all_or_none(comm, session.host.clock, folder), closing(session.parts.dataset):
+    with all_or_none(comm, session.host.clock, folder), closing(session):
         if comm.rank > 0:
             serve(comm, session.host)
             return None
@@ -43,19 +47,20 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
             console.say(
                 f"{name}: {len(clients['examples'])} clients, each on its own '{session.scorer.client_split}' rows"
             )
-            console.table([(key, f"{value:.4f}") for key, value in scored[name].items()])
+            console.table(score_rows(scored[name], "the output of --json"))
         fleet.stop()
         return scored
 
 
 def _spread(clients: dict[str, np.ndarray], split: str) -> dict[str, float]:
-    """Mean over clients, and mean over the worst tenth of them, of every figure."""
+    """Mean over clients, and mean over the worst tenth of them, of every figure; over those that have one."""
     spread = {}
     for name, values in clients.items():
-        if name != "examples":
-            ranked = np.sort(values)[:: -1 if name == "loss" else 1]
+        values = values[~np.isnan(values)]
+        if name != "examples" and len(values):
+            ranked = np.sort(values)[:: -1 if name in BEST_LOW else 1]
             spread[f"{name}, mean of clients"] = float(values.mean())
-            worst = "worst" if name in ("loss", "accuracy") else "lowest"
+            worst = "worst" if name in BEST_LOW + BEST_HIGH else "lowest"
             spread[f"{name}, {worst} decile of clients"] = float(ranked[: max(1, len(values) // 10)].mean())
     return spread
 

@@ -16,7 +16,7 @@ import torch
 
 from mpifl.config import UserError
 from mpifl.engine.host import Ask, Host
-from mpifl.messages import ASK, MEMORY, ROWS, STOP, Header, Receiver, Sender, pack_digests, pack_rows
+from mpifl.messages import ASK, MEMORY, NOBODY, ROWS, STOP, Header, Receiver, Sender, pack_digests, pack_rows
 from mpifl.placement import by_owner, longest_first
 from mpifl.tree import Tree, one_row, tree_map
 from mpifl.uplink.exact import Answer, Wire, decode, fits, next_limits
@@ -66,13 +66,14 @@ class Fleet:
         self.traffic = Traffic(busy=np.zeros(comm.size))
         self.resident_bytes: list[int] = []
         self._read = (comm.bytes_down, comm.bytes_up)
-        self._homes: dict[int, int] = {}
+        self._homes, self._next_homes = (NOBODY, NOBODY), (NOBODY, NOBODY)
         self._sender = Sender(comm)
 
-    def begin(self, round: int) -> None:
-        """Start a round: clients may be placed anew."""
+    def begin(self, round: int, upcoming: np.ndarray = NOBODY) -> None:
+        """Start a round: clients are placed anew. upcoming: (m,) clients of the next one, which hosts may prefetch."""
         self.round = round
-        self._homes.clear()
+        self._homes = self._next_homes
+        self._next_homes = (upcoming, self._home(self.of_a_round, upcoming))
 
     def read_traffic(self) -> Traffic:
         """Return what was counted since the last reading."""
@@ -90,6 +91,8 @@ class Fleet:
         name = f"{index}:{'|'.join(wire.names)}"
         limits = np.asarray(self.limits.get(name) or wire.first_limits())
         question = Ask(index, self.round, ids, shared, limits, len(ids), given)
+        if any(work is one for one in self.of_a_round) and work.batches.of == "client":
+            question.ahead = self._next_homes[0]
         home = self._place(work, ids)
         answer = self._once(question, home, wire)
         while wire.exact and not fits(question.limits, answer.peaks, len(ids)):
@@ -103,16 +106,17 @@ class Fleet:
         return answer.sums
 
     def rows(self, work: ClientWork, ids: np.ndarray, shared: Tree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return (ids (n,), {"weight": (n,), stat: (n,)}) per client that ran `work`, in order of id, unsummed."""
+        """Return (ids (n,), {"weight": (n,), stat: (n, ...)}) per client that ran `work`, in order of id, unsummed."""
         index = self._index(work)
         wire = self.host.wire(index, shared, {})
         question = Ask(index, self.round, ids, shared, wire.first_limits(), len(ids))
         mine = self.host.rows(self._send(ROWS, question, self._place(work, ids)))
         gathered = self.comm.gather(pack_rows(*mine)).view(np.float64).reshape(-1, 1 + sum(wire.small))
         gathered = gathered[np.argsort(gathered[:, 0], kind="stable")]
-        names = ["weight", *(leaf.name for leaf in wire.stats.leaves)]
+        shapes = {"weight": ()} | {leaf.name: leaf.shape for leaf in wire.stats.leaves}
         columns = np.split(gathered[:, 1:], np.cumsum(wire.small)[:-1], axis=1)
-        return gathered[:, 0].astype(np.int64), {n: c[:, 0] for n, c in zip(names, columns)}
+        stats = {name: c.reshape(len(gathered), *shape) for (name, shape), c in zip(shapes.items(), columns)}
+        return gathered[:, 0].astype(np.int64), stats
 
     def memory_digest(self) -> str:
         """Return one sha256 over all clients' memory in order of client, "" when none is kept."""
@@ -136,18 +140,27 @@ class Fleet:
 
     def _place(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
         """Rank of each id: with its memory, else longest first; one home per client for all asks of a round."""
-        hosts = max(1, self.comm.size - 1)
-        first = 0 if self.comm.size == 1 else 1
+        first, hosts = (0, 1) if self.comm.size == 1 else (1, self.comm.size - 1)
         if work.batches.of == "block":
             return first + longest_first(self.host.source.examples(work.batches)[ids], hosts)
+        known, homes = self._homes
+        where = np.searchsorted(known, ids).clip(max=max(0, len(known) - 1))
+        new = ids[known[where] != ids] if len(known) else ids
+        if len(new):
+            of_a_round = any(work is one for one in self.of_a_round)
+            known = np.concatenate([known, new])
+            homes = np.concatenate([homes, self._home(self.of_a_round if of_a_round else (work,), new)])
+            order = np.argsort(known, kind="stable")
+            known, homes = self._homes = known[order], homes[order]
+        return homes[np.searchsorted(known, ids)]
+
+    def _home(self, works: tuple[ClientWork, ...], ids: np.ndarray) -> np.ndarray:
+        """Rank of each id, (n,) int64, by the steps that these works take."""
+        first, hosts = (0, 1) if self.comm.size == 1 else (1, self.comm.size - 1)
         if self.host.memory.kept:
             return first + by_owner(ids, hosts)
-        new = np.asarray([id for id in ids.tolist() if id not in self._homes], dtype=np.int64)
-        if len(new):
-            known = self.of_a_round if any(work is one for one in self.of_a_round) else (work,)
-            steps = sum(self._steps(one, new) for one in known if one.batches.of != "block")
-            self._homes.update(zip(new.tolist(), (first + longest_first(steps, hosts)).tolist()))
-        return np.asarray([self._homes[id] for id in ids.tolist()], dtype=np.int64)
+        steps = sum(self._steps(work, ids) for work in works if work.batches.of != "block")
+        return first + longest_first(np.broadcast_to(steps, len(ids)), hosts)
 
     def _steps(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
         examples = self.host.source.examples(work.batches)
@@ -163,7 +176,8 @@ class Fleet:
 
     def _send(self, command: int, question: Ask, home: np.ndarray) -> Ask:
         with self.host.clock.during("send"):
-            mine = self._sender.send(command, question, home, self.accepted)
+            home_ahead = self._next_homes[1] if len(question.ahead) else NOBODY
+            mine = self._sender.send(command, question, home, self.accepted, home_ahead)
         self.host.settle(self.round, self.accepted)
         return mine
 

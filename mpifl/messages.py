@@ -2,7 +2,7 @@
 
 header   16 int64: command, round, last accepted round, work, attempt, sizes
 layout   names, dtypes and shapes as JSON, only when this (shared, given) has not been seen before
-table    row r: the ids rank r hosts in this ask (-1 pads), then what is given to each of them
+table    row r: the ids rank r hosts in this ask (-1 pads), those it will host next round, what is given to each
 buffer   [sum limits | shared], flat bytes, each leaf on a 64-byte line
 """
 
@@ -17,10 +17,11 @@ from mpifl.engine.host import Ask
 from mpifl.tree import Layout, Tree, one_row, tree_map
 
 STOP, ASK, ROWS, MEMORY = 0, 1, 2, 3
+NOBODY = np.empty(0, np.int64)
 
 
 class Header(NamedTuple):
-    """What every rank learns first; the last six fields belong to ASK and ROWS."""
+    """What every rank learns first; the last seven fields belong to ASK and ROWS."""
 
     command: int
     round: int
@@ -29,6 +30,7 @@ class Header(NamedTuple):
     attempt: int = 0
     clients: int = 0
     width: int = 0
+    ahead: int = 0
     layout: int = 0
     text_bytes: int = 0
 
@@ -53,8 +55,11 @@ class Sender:
         self.comm = comm
         self._known: dict[bytes, int] = {}
 
-    def send(self, command: int, ask: Ask, home: np.ndarray, accepted: int) -> Ask:
-        """Send `ask` of the whole cohort down, id i to rank home[i]; returns rank 0's own part of it."""
+    def send(self, command: int, ask: Ask, home: np.ndarray, accepted: int, home_ahead: np.ndarray = NOBODY) -> Ask:
+        """Send `ask` of the whole cohort down, id i to rank home[i]; returns rank 0's own part of it.
+
+        home_ahead: the rank of each of ask.ahead.
+        """
         comm, tree = self.comm, {"limits": torch.from_numpy(ask.limits)}
         if ask.shared:
             tree["shared"] = ask.shared
@@ -62,17 +67,17 @@ class Sender:
         text = down.to_json() + b"\n" + given.to_json()
         new = text not in self._known
         layout = self._known.setdefault(text, len(self._known))
-        borders = np.cumsum(np.bincount(home, minlength=comm.size))[:-1]
-        members = np.split(np.argsort(home, kind="stable"), borders)
-        width = max(map(len, members))
-        sizes = (len(ask.ids), width, layout, len(text) if new else 0)
+        members, next_members = _by_rank(home, comm.size), _by_rank(home_ahead, comm.size)
+        width, ahead = max(map(len, members)), max(map(len, next_members))
+        sizes = (len(ask.ids), width, ahead, layout, len(text) if new else 0)
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
         if new:
             comm.bcast(np.frombuffer(text, dtype=np.uint8).copy())
-        row = _table_row(given, width)
+        row = _table_row(given, width, ahead)
         table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)
-        for packed, rows in zip(table, members):
-            _fill(row.views(packed), ask.ids[rows], tree_map(lambda leaf, rows=rows: leaf[rows], ask.given))
+        for packed, rows, next_rows in zip(table, members, next_members):
+            own_given = tree_map(lambda leaf, rows=rows: leaf[rows], ask.given)
+            _fill(row.views(packed), ask.ids[rows], ask.ahead[next_rows], own_given)
         mine = row.empty()
         comm.scatter(table.numpy(), mine.numpy())
         buffer = down.pack(tree, down.empty())
@@ -95,7 +100,7 @@ class Receiver:
             down, given = text.tobytes().split(b"\n")
             self._layouts.append((Layout.from_json(down), Layout.from_json(given)))
         down, given = self._layouts[header.layout]
-        row = _table_row(given, header.width)
+        row = _table_row(given, header.width, header.ahead)
         mine, buffer = row.empty(), down.empty()
         self.comm.scatter(None, mine.numpy())
         self.comm.bcast(buffer.numpy())
@@ -103,23 +108,30 @@ class Receiver:
         return _own_part(header.work, header.round, header.attempt, header.clients, *views)
 
 
-def _table_row(given: Layout, width: int) -> Layout:
-    """One rank's row of the table: ids (width,), and what is given to each, (width, ...)."""
+def _by_rank(home: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Positions of each rank's clients, in order."""
+    borders = np.cumsum(np.bincount(home, minlength=ranks))[:-1]
+    return np.split(np.argsort(home, kind="stable"), borders)
+
+
+def _table_row(given: Layout, width: int, ahead: int) -> Layout:
+    """One rank's row of the table: ids (width,), next round's (ahead,), and what is given to each, (width, ...)."""
     leaves = [(f"given.{g.name}", g.dtype, (width, *g.shape)) for g in given.leaves]
-    return Layout.place([*leaves, ("id", torch.int64, (width,))])
+    return Layout.place([*leaves, ("id", torch.int64, (width,)), ("ahead", torch.int64, (ahead,))])
 
 
-def _fill(row: Tree, ids: np.ndarray, given: Tree) -> None:
-    row["id"].fill_(-1)
-    row["id"][: len(ids)] = torch.from_numpy(ids)
+def _fill(row: Tree, ids: np.ndarray, ahead: np.ndarray, given: Tree) -> None:
+    for name, values in (("id", ids), ("ahead", ahead)):
+        row[name].fill_(-1)
+        row[name][: len(values)] = torch.from_numpy(values)
     tree_map(lambda slots, leaf: slots[: len(ids)].copy_(leaf), row.get("given", {}), given)
 
 
 def _own_part(work: int, round: int, attempt: int, clients: int, row: Tree, down: Tree) -> Ask:
-    ids = row["id"].numpy()
-    ids = ids[ids >= 0]
+    ids, ahead = (row[name].numpy() for name in ("id", "ahead"))
+    ids, ahead = ids[ids >= 0], ahead[ahead >= 0]
     given = tree_map(lambda slots: slots[: len(ids)], row.get("given", {}))
-    return Ask(work, round, ids, down.get("shared", {}), down["limits"].numpy(), clients, given, attempt)
+    return Ask(work, round, ids, down.get("shared", {}), down["limits"].numpy(), clients, given, attempt, ahead)
 
 
 def pack_rows(ids: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -58,6 +58,10 @@ class Model:
         """What is exported: names and tensors."""
         return {"theta": theta.detach().cpu().clone()}
 
+    def constants(self) -> dict[str, Tensor]:
+        """What scores depend on beside theta and the batch, by names without dots."""
+        return {}
+
     def from_state_dict(self, tensors: dict[str, Tensor]) -> Tensor:
         """Invert `state_dict`; (P,). Raises KeyError naming what is missing."""
         return tensors["theta"].clone()
@@ -92,6 +96,22 @@ def cross_entropy(scores: Tensor, batch: Tree) -> Tensor:
     return F.cross_entropy(scores, batch["y"], reduction="none")
 
 
+def token_cross_entropy(scores: Tensor, batch: Tree, expected_length: float | None = None) -> Tensor:
+    """Cross entropy of `scores`, (B, L, V), against the tokens `batch["y"]`, (B, L) int64, where they are not 0 (PAD).
+
+    Per sequence, (B,): the mean over its tokens, 0 if it has none; with `expected_length`, the sum over its tokens
+    divided by that number, so that long sequences weigh more (FedJAX's StackOverflow: 13.3).
+    """
+    y = batch["y"]
+    losses = F.cross_entropy(scores.flatten(0, 1), y.flatten(), ignore_index=0, reduction="none")
+    sums = losses.view(y.shape).sum(dim=1)
+    if expected_length is None:
+        return sums / (y != 0).sum(dim=1).clamp(min=1)
+    if expected_length <= 0:
+        raise UserError(f"token_cross_entropy's expected_length is {expected_length}; it must be positive")
+    return sums / expected_length
+
+
 def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
@@ -108,14 +128,19 @@ def _make(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def from_module(
-    factory: Callable[[], nn.Module], loss: Loss = cross_entropy, inputs: str = "x", made: nn.Module | None = None
+    factory: Callable[[], nn.Module],
+    loss: Loss = cross_entropy,
+    inputs: str = "x",
+    made: nn.Module | None = None,
+    images: Callable[[Tensor, Tree], Tensor] | None = None,
 ) -> ModuleModel:
     """Make a Model of the module that `factory` builds; theta holds its trainable parameters.
 
     loss: (scores, batch) -> (B,). inputs: the batch leaf fed to `forward`. A `forward` that also takes `key`
     gets the step's key, () int64 (None in evaluation), for its own keyed dropout; for nn.Dropout and the like
     torch's generator is seeded from the key before each training forward. Frozen parameters and buffers are constants.
-    made: a module the factory has just built, to be used instead of building one.
+    made: a module the factory has just built, to be used instead of building one. images: (batch[inputs], batch) ->
+    what `forward` is given instead, in training and in evaluation (mpifl.models.images.Images).
     Raises UserError for modules whose buffers change in a training forward (BatchNorm), at construction when
     recognised by type, else by `refuse_changing_buffers`.
     """
@@ -134,7 +159,7 @@ def from_module(
             f"model {type(module).__name__} trains parameters of {', '.join(sorted(map(str, kinds)))}; theta is "
             f"float32: convert the module with .float()"
         )
-    return ModuleModel(factory, module, list(named), loss, inputs)
+    return ModuleModel(factory, module, list(named), loss, inputs, images)
 
 
 def _buffer_refusal(model: str, path: str, kind: str) -> str:
@@ -148,12 +173,18 @@ class ModuleModel(Model):
     """A Model whose module's trainable parameters are views into the theta it was last called with."""
 
     def __init__(
-        self, factory: Callable[[], nn.Module], module: nn.Module, names: list[str], loss: Loss, inputs: str
+        self,
+        factory: Callable[[], nn.Module],
+        module: nn.Module,
+        names: list[str],
+        loss: Loss,
+        inputs: str,
+        images: Callable[[Tensor, Tree], Tensor] | None,
     ) -> None:
         parameters = [module.get_parameter(name) for name in names]
         size = sum(p.numel() for p in parameters)
         super().__init__(size, lambda seed: _trainable(_make(factory, seed)), self._scores, loss)
-        self.module, self.inputs = module, inputs
+        self.module, self.inputs, self.images = module, inputs, images
         self.takes_key = "key" in inspect.signature(module.forward).parameters
         self._names, self._parameters = names, parameters
         self._shapes, self._sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
@@ -174,6 +205,11 @@ class ModuleModel(Model):
         """The module's own state_dict at theta, buffers and tied weights included, each in storage of its own."""
         self._bind(theta)
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """Frozen parameters and buffers: what scores depend on beside theta and the batch."""
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {name.replace(".", "/"): value for name, value in (frozen | dict(self.module.named_buffers())).items()}
 
     def from_state_dict(self, tensors: dict[str, Tensor]) -> Tensor:
         """Gather the trainable parameters by name, (P,)."""
@@ -209,9 +245,10 @@ class ModuleModel(Model):
         keywords = {"key": key} if self.takes_key else {}
         if key is not None and not torch._C._functorch.is_functorch_wrapped_tensor(key):
             _seed(int(key), key.device)
+        x = batch[self.inputs] if self.images is None else self.images(batch[self.inputs], batch)
         if parameters is None:
-            return self.module(batch[self.inputs], **keywords)
-        return functional_call(self.module, parameters, (batch[self.inputs],), keywords)
+            return self.module(x, **keywords)
+        return functional_call(self.module, parameters, (x,), keywords)
 
 
 def _pull_back(outputs: Tensor, weights: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:

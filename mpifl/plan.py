@@ -13,6 +13,7 @@ from mpifl.data.batches import batches, blank_columns
 from mpifl.engine.host import Ask, Host, resident_bytes
 from mpifl.fleet import Fleet
 from mpifl.measure import BLOCK
+from mpifl.messages import NOBODY
 from mpifl.tree import Tree, leaves, one_row
 from mpifl.work import Algorithm, ClientWork, Cohort
 
@@ -73,10 +74,10 @@ class PlanFleet(Fleet):
         host.answer = self._answer
         self.sizes = Sizes()
 
-    def plan(self, algorithm: Algorithm, state: Tree, cohort: Cohort) -> Planned:
-        """Plan one round."""
+    def plan(self, algorithm: Algorithm, state: Tree, cohort: Cohort, upcoming: np.ndarray) -> Planned:
+        """Plan one round, after which these clients come."""
         self.planned = Planned(np.zeros(self.comm.size, np.int64), np.zeros(self.comm.size, np.int64))
-        self.begin(cohort.round)
+        self.begin(cohort.round, upcoming)
         algorithm.round(state, cohort)
         traffic = self.read_traffic()
         return replace(self.planned, bytes_down=traffic.bytes_down, bytes_up=traffic.bytes_up)
@@ -112,11 +113,11 @@ def expected_memory(
     idle = resident_bytes()
     _one_batch(host, host.works[sizes.ask.work], sizes.ask.shared)
     _one_batch(host, score, {"theta": next(iter(algorithm.models(state).values()))})
-    row = sum(np.dtype(f.dtype).itemsize * int(np.prod(f.shape)) for f in host.dataset.features.values())
-    stored = sum(host.dataset.total(split) for split in host.dataset.splits) * row
+    stored = sum(host.dataset.total(split) for split in host.dataset.splits) * host.source.row_bytes
+    kept = stored if stored <= budget else min(budget, sizes.ask.clients * stored // host.dataset.clients)
     # Rows of all who may be visited, and a round's new ones beside them until it is accepted.
     rows = -(-host.dataset.clients // hosts) + -(-sizes.ask.clients // hosts)
-    busy = resident_bytes() + min(budget, stored // hosts) + host.memory.layout.bytes * rows
+    busy = resident_bytes() + kept // hosts + host.memory.layout.bytes * rows
     return (busy if fleet.comm.size == 1 else idle) + server, busy + buffers
 
 
@@ -140,7 +141,8 @@ def show_plan(
     console: Console,
 ) -> None:
     """Print what each rank will do in the first two rounds, and what that moves and holds."""
-    planned = [fleet.plan(algorithm, state, cohort_of(round)) for round in range(min(2, rounds))]
+    ids = [cohort_of(round).ids for round in range(min(3, rounds))] + [NOBODY]
+    planned = [fleet.plan(algorithm, state, cohort_of(round), ids[round + 1]) for round in range(min(2, rounds))]
     for number, plan in enumerate(planned, 1):
         per_rank = ", ".join(f"{rank}: {c} ({s})" for rank, (c, s) in enumerate(zip(plan.clients, plan.steps)))
         console.say(f"round {number}: clients (steps) by rank  {per_rank}")

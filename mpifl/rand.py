@@ -85,18 +85,34 @@ def _mix32(x: Tensor) -> Tensor:
     return x
 
 
+def _hash32(key: Tensor, counters: Tensor, salt: int) -> Tensor:
+    """Hash int32 counters with a () int64 key; int32 numbers uniform over all 2^32 values."""
+    low = (key & 0xFFFFFFFF).to(torch.int64)
+    low = torch.where(low > 0x7FFFFFFF, low - (1 << 32), low).to(torch.int32)
+    high = (key >> 32).to(torch.int32)
+    x = _mix32(counters * -0x61C88647 + (low ^ (salt * 0x3C6EF372 & 0x7FFFFFFF)))
+    return _mix32(x + high)
+
+
 def uniform_int32(key: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
     """Return int32 numbers uniform over all 2^32 values, of `shape`, from a () int64 key; runs under vmap.
 
     `salt` separates several draws with one key (e.g. two dropout layers of one step).
     """
     count = torch.Size(shape).numel()
-    counters = torch.arange(count, dtype=torch.int32, device=key.device)
-    low = (key & 0xFFFFFFFF).to(torch.int64)
-    low = torch.where(low > 0x7FFFFFFF, low - (1 << 32), low).to(torch.int32)
-    high = (key >> 32).to(torch.int32)
-    x = _mix32(counters * -0x61C88647 + (low ^ (salt * 0x3C6EF372 & 0x7FFFFFFF)))
-    return _mix32(x + high).view(shape)
+    return _hash32(key, torch.arange(count, dtype=torch.int32, device=key.device), salt).view(shape)
+
+
+def integers_at(key: Tensor, index: Tensor, below: tuple[int, ...], salt: int = 0) -> tuple[Tensor, ...]:
+    """For each n of `below` return numbers uniform in 0 .. n - 1, one per example, (B,) int64; runs under vmap.
+
+    key: () int64. index: (B,) int64, which example of its client each row is. A row's numbers are a function of the
+    key, its own index and `salt` alone, whatever else is in the batch. Each n is at most 2^31.
+    """
+    draws = torch.arange(len(below), device=index.device)
+    counters = (index.unsqueeze(-1) * len(below) + draws).to(torch.int32)
+    words = _hash32(key, counters, salt).to(torch.int64) & 0xFFFFFFFF
+    return tuple((word * n) >> 32 for word, n in zip(words.unbind(-1), below))
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None, salt: int = 0) -> Tensor:

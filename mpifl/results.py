@@ -60,7 +60,7 @@ class Totals:
         self.sums = dict.fromkeys(("examples", "steps", "bytes_down", "bytes_up", "excluded", "repeated_asks"), 0)
         self.phases: dict[str, float] = {}
         self.imbalances: list[float] = []
-        self.scores: dict[str, float] = {}
+        self.scores: dict[str, Any] = {}
         self.loss: float | None = None
 
     def add(self, record: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from mpifl.fleet import Fleet
-from mpifl.measure import BLOCK, Metric, means, scoring
+from mpifl.measure import BLOCK, Metric, means, ratios, scoring
 from mpifl.model import Model
+from mpifl.rand import fold, sample
 from mpifl.tree import Tree
 from mpifl.work import Algorithm, ClientWork
 
@@ -24,19 +25,26 @@ class Scorer:
     personal: ClientWork | None
     split: str
     client_split: str
+    blocks: np.ndarray
 
     @staticmethod
-    def of(algorithm: Algorithm, model: Model, metrics: dict[str, Metric], dataset: Any) -> Scorer:
-        """Score on split "test" if there is one, else on "train"; a client on its own test rows if it has any."""
+    def of(
+        algorithm: Algorithm, model: Model, metrics: dict[str, Metric], dataset: Any, rows: int = 0, seed: int = 0
+    ) -> Scorer:
+        """Score on split "test" if there is one, else on "train"; a client on its own test rows if it has any.
+
+        rows: score about so many, in whole blocks that are a function of the seed (0: all).
+        """
         split = "test" if "test" in dataset.splits else "train"
         own = "test" if split == "test" and dataset.aligned("test") else "train"
-        personal = algorithm.personal
+        personal, blocks = algorithm.personal, -(-dataset.total(split) // BLOCK)
         return Scorer(
             central=scoring(model, metrics, split, "block"),
-            clients=scoring(model, metrics, own, "client"),
+            clients=scoring(model, metrics, own, "client", numbers_only=True),
             personal=scoring(model, metrics, own, "client", personal.theta) if personal else None,
             split=split,
             client_split=own,
+            blocks=sample(fold(seed, "evaluate"), blocks, -(-rows // BLOCK) if rows else blocks),
         )
 
     @property
@@ -45,14 +53,13 @@ class Scorer:
         return (self.central, self.clients) + ((self.personal,) if self.personal else ())
 
 
-def score_central(fleet: Fleet, scorer: Scorer, theta: Tensor) -> dict[str, float]:
-    """Mean loss and metrics of one vector over the central split."""
-    blocks = -(-fleet.host.dataset.total(scorer.split) // BLOCK)
-    return means(fleet.ask(scorer.central, np.arange(blocks), None, {"theta": theta}).stats)
+def score_central(fleet: Fleet, scorer: Scorer, theta: Tensor) -> dict[str, Any]:
+    """Loss and metrics of one vector over the central split: floats, or nested lists."""
+    return means(fleet.ask(scorer.central, scorer.blocks, None, {"theta": theta}).stats)
 
 
-def score_state(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> dict[str, float]:
-    """Mean loss and metrics: of the one model, or of every client with the vector that is its own.
+def score_state(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> dict[str, Any]:
+    """Loss and metrics: of the one model, or of every client with the vector that is its own.
 
     Several models are also scored one by one, as metric/model.
     """
@@ -73,9 +80,9 @@ def _personal(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -
 
 
 def score_clients(fleet: Fleet, scorer: Scorer, theta: Tensor) -> dict[str, np.ndarray]:
-    """Per-client means of loss and metrics, and `examples`, each (clients scored,), in client order."""
+    """Loss and each metric that is one number, and `examples`, per client: (clients scored,), in client order.
+
+    NaN where a client has nothing that a metric counts.
+    """
     _, sums = fleet.rows(scorer.clients, np.arange(fleet.host.dataset.clients), {"theta": theta})
-    examples = sums["examples"]
-    return {"examples": examples} | {
-        name: total / examples for name, total in sums.items() if name not in ("weight", "examples")
-    }
+    return {"examples": sums["examples"]} | ratios(sums, undefined=np.nan)

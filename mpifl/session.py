@@ -24,6 +24,9 @@ from mpifl.scoring import Scorer
 from mpifl.tree import digest
 from mpifl.work import Cohort
 
+_AT_ONCE = 1 << 18
+"""Clients looked at together: the arrays made on the way are small beside the sizes of ten million."""
+
 
 @dataclass
 class Session:
@@ -42,7 +45,8 @@ class Session:
         """Build the job's parts and this rank's host."""
         torch.set_num_threads(job.run.threads)
         parts = build(job)
-        scorer = Scorer.of(parts.algorithm, parts.model, parts.metrics, parts.dataset)
+        what = (parts.algorithm, parts.model, parts.metrics, parts.dataset)
+        scorer = Scorer.of(*what, job.run.eval_rows, job.seed)
         baselines = None
         if job.baselines:
             batches, opt = solo_training(job)
@@ -75,23 +79,35 @@ class Session:
         table = resolved(self.job)
         table["run"].pop("out")
         job = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-        return {"jobs": job, "datasets": self.parts.dataset.digest, "initial models": digest({"theta": self.theta})}
+        models = digest({"theta": self.theta, "constants": self.parts.model.constants()})
+        return {"jobs": job, "datasets": self.parts.dataset.digest, "initial models": models}
 
     @cached_property
     def population(self) -> tuple[int, float]:
         """Clients that can train at all, and the sum of their weights: constants of the dataset."""
-        algorithm = self.parts.algorithm
-        sizes, trained = self.parts.dataset.sizes("train"), algorithm.works[-1].batches
+        algorithm, sizes = self.parts.algorithm, self.parts.dataset.sizes("train")
         asked = [work.batches for work in algorithm.works if work.batches.of == "client"]
-        able = sizes[np.logical_and.reduce([batching.steps_of(sizes) > 0 for batching in asked])]
-        weight = trained.examples_used(able).sum() if algorithm.weighting == "examples" else len(able)
-        return len(able), float(weight)
+        clients = examples = 0
+        for start in range(0, len(sizes), _AT_ONCE):
+            part = sizes[start : start + _AT_ONCE]
+            able = part[np.logical_and.reduce([batching.steps_of(part) > 0 for batching in asked])]
+            clients += len(able)
+            examples += int(algorithm.works[-1].batches.examples_used(able).sum())
+        return clients, float(examples if algorithm.weighting == "examples" else clients)
+
+    def sampled(self, round: int) -> np.ndarray:
+        """Clients of a round, ascending, (C,) int64: uniform without replacement, a function of (seed, round)."""
+        clients = self.parts.dataset.clients
+        return sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
 
     def cohort(self, round: int, fleet: Fleet) -> Cohort:
-        """This round's clients: uniform without replacement, a function of (seed, round)."""
-        clients = self.parts.dataset.clients
-        ids = sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
-        return Cohort(round, ids, *self.population, fleet.ask)
+        """This round's clients, who can be asked."""
+        return Cohort(round, self.sampled(round), *self.population, fleet.ask)
+
+    def close(self) -> None:
+        """Stop reading, and close the dataset."""
+        self.host.source.close()
+        self.parts.dataset.close()
 
 
 def _device(job: Job, comm: World | Alone) -> torch.device:

@@ -23,10 +23,12 @@ import numpy as np
 from mpifl.build import find_job
 from mpifl.comm import Alone, World, connect
 from mpifl.config import Job, load
-from mpifl.console import Console, readable_bytes
+from mpifl.console import Console, readable_bytes, score_rows
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command, require_same
+from mpifl.measure import headline
+from mpifl.messages import NOBODY
 from mpifl.plan import PlanFleet, show_plan
 from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
 from mpifl.scoring import score_state
@@ -76,7 +78,7 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
     require_same(comm, session.digests())
     folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
     path = Path(comm.share(str(folder.path) if folder else ""))
-    with all_or_none(comm, clock, path), closing(session.parts.dataset):
+    with all_or_none(comm, clock, path), closing(session):
         clock.attach(path / "status" / f"rank-{comm.rank:05d}")
         if folder is None:
             serve(comm, session.host)
@@ -101,7 +103,8 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
         for round in range(job.rounds):
             clock.round = round
             clock.enter("sample")
-            fleet.begin(round)
+            last = round + 1 == job.rounds
+            fleet.begin(round, NOBODY if last else session.sampled(round + 1))
             cohort = session.cohort(round, fleet)
             clock.enter("server")
             new = algorithm.round(state, cohort)
@@ -110,7 +113,7 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
             else:
                 console.say(f"round {round + 1}: no client counted (no batches, or left out); nothing changes")
             record = _record(round, cohort, fleet)
-            if (round + 1) % job.run.eval_every == 0 or round + 1 == job.rounds:
+            if (round + 1) % job.run.eval_every == 0 or last:
                 with clock.booked("evaluate"):
                     scores = score_state(fleet, session.scorer, algorithm, state)
                 record["scores"] = {"test_loss": scores.pop("loss"), **scores}
@@ -204,8 +207,8 @@ def _introduce(session: Session, console: Console) -> None:
 
 def _conclude(summary: dict[str, Any], console: Console) -> None:
     """Print the closing table."""
-    rows = [(name, f"{value:.4f}") for name, value in summary["scores"].items()]
-    metric = next(iter(summary["metrics"]), "loss")
+    rows = score_rows(summary["scores"], "summary.json")
+    metric = headline(summary["metrics"], summary["scores"])
     rows += [(f"{metric}, {name}", f"{value:.4f}") for name, value in summary["baselines"].items()]
     phases = sorted(summary["phases"].items(), key=lambda item: -item[1])
     rows += [
@@ -230,13 +233,14 @@ def _conclude(summary: dict[str, Any], console: Console) -> None:
 
 def _over_seeds(summaries: list[dict[str, Any]], folder: Path, console: Console) -> dict[str, Any]:
     """Mean and sample deviation of every score over seeds, printed and written beside the seeds' folders."""
-    metric = next(iter(summaries[0]["metrics"]), "loss")
+    metric = headline(summaries[0]["metrics"], summaries[0]["scores"])
     each = [s["scores"] | {f"{metric}, {name}": value for name, value in s["baselines"].items()} for s in summaries]
     spread = {}
     for name in each[0]:
         values = [scores[name] for scores in each]
-        spread[name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
-    rows = [(name, f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in spread.items()]
+        spread[name] = {"mean": np.mean(values, axis=0).tolist(), "deviation": np.std(values, axis=0, ddof=1).tolist()}
+    numbers = {name: s for name, s in spread.items() if isinstance(s["mean"], float)}
+    rows = [(name, f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in numbers.items()]
     console.table([(f"{len(summaries)} seeds", "mean ± deviation"), *rows, ("results", str(folder))])
     summary = {"scores": spread, "seeds": summaries}
     write_json(folder / "summary.json", summary)

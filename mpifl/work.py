@@ -109,12 +109,15 @@ class ClientWork(NamedTuple):
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the counted clients of one ask: weight * update, weight, number of clients, stats (float64)."""
+    """Sums over the counted clients of one ask: weight * update, weight, number of clients, stats (float64).
+
+    stats: floats, and nested lists of them for leaves that have axes.
+    """
 
     update: Tree
     weight: float
     count: int
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tree:

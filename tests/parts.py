@@ -35,6 +35,15 @@ def many_clients():
     return awkward_dataset([5] * 120)
 
 
+def long_test_split():
+    """2,148 test rows: four blocks and a fifth of 100."""
+    plain = awkward_dataset()
+    clients = [plain.client("train", index) for index in range(plain.clients)]
+    rows = plain.rows("train", 0, plain.total("train"))
+    picked = np.arange(2148) % len(rows["y"])
+    return MemoryDataset(clients, {name: column[picked] for name, column in rows.items()}, plain.features)
+
+
 def dataset_of_the_process():
     """What a generator seeded by the clock would do: other data on every rank."""
     return awkward_dataset([5 + os.getpid() % 1000, 4])

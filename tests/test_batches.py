@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mpifl.config import UserError
-from mpifl.data.batches import Source, batches, blank_columns, to_inputs
+from mpifl.data.batches import as_columns, batches, blank_columns, to_inputs
+from mpifl.data.format import aligned_empty
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Feature
 from mpifl.rand import fold
@@ -203,14 +204,44 @@ def test_columns_become_inputs_by_one_rule():
 def test_a_second_pass_reads_the_same_and_stored_data_stay_as_they_were(dtype, shuffle):
     features = {"x": Feature(dtype, (2,), mean=4.0, std=2.0)}
     data = MemoryDataset([{"x": np.arange(12, dtype=dtype).reshape(6, 2)}], features=features)
-    source = Source(data, 1 << 20, torch.device("cpu"))
+    columns = as_columns(data.client("train", 0), torch.device("cpu"))
     batching = Batching(size=3, epochs=2, shuffle=shuffle)
-    passes = [list(batches(source.columns(batching, 0), features, batching, 5)) for _ in range(2)]
+    passes = [list(batches(columns, features, batching, 5)) for _ in range(2)]
     for first, second in zip(*passes, strict=True):
         assert torch.equal(first["x"], second["x"])
         expected = (torch.arange(12.0).view(6, 2)[first["index"]] - 4) / 2
         torch.testing.assert_close(first["x"], expected)
     assert data.client("train", 0)["x"].tolist() == np.arange(12).reshape(6, 2).tolist()
+
+
+def test_channels_are_scaled_each_by_its_own():
+    features = {"x": Feature("uint8", (2, 1, 2), mean=(10.0, 20.0), std=(2.0, 5.0))}
+    stored = {"x": torch.tensor([[[[10, 12]], [[20, 25]]], [[[8, 10]], [[15, 30]]]], dtype=torch.uint8)}
+    expected = torch.tensor([[[[0.0, 1]], [[0, 1]]], [[[-1, 0]], [[-1, 2]]]])
+    assert torch.equal(to_inputs(stored, features)["x"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"drop_last": True}, {"max_examples": 7}, {"steps": 9}])
+def test_making_few_rows_ready_at_a_time_changes_no_batch(options, monkeypatch):
+    features = {"x": Feature("uint8", (3,), mean=1.0, std=2.0), "y": Feature("int64", ())}
+    columns = {"x": torch.arange(33, dtype=torch.uint8).view(11, 3), "y": torch.arange(11)}
+    batching = Batching(size=2, epochs=2, **options)
+    whole = list(batches(columns, features, batching, 5))
+    monkeypatch.setattr("mpifl.data.batches.GATHERED_BYTES", 130)  # two batches
+    parts = list(batches(columns, features, batching, 5))
+    for first, second in zip(whole, parts, strict=True):
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(("width", "copied"), [(16, False), (3, True)])
+def test_batches_in_stored_order_are_views_where_they_start_on_a_line_of_64_bytes(width, copied):
+    features = {"x": Feature("float32", (width,))}
+    columns = as_columns({"x": aligned_empty((9, width), np.dtype("float32"))}, torch.device("cpu"))
+    first, stored = columns["x"].data_ptr(), range(columns["x"].data_ptr(), columns["x"].data_ptr() + 36 * width)
+    found = [batch["x"].data_ptr() for batch in batches(columns, features, Batching(size=2, shuffle=False), 0)]
+    assert all(address % 64 == 0 for address in found) and found[0] == first
+    assert [address not in stored for address in found[1:4]] == [copied] * 3
 
 
 def test_a_visit_for_shapes_reads_zeros_of_the_stored_dtypes():
@@ -220,48 +251,3 @@ def test_a_visit_for_shapes_reads_zeros_of_the_stored_dtypes():
         "x": (torch.uint8, (4, 2, 3)),
         "y": (torch.int64, (4,)),
     }
-
-
-# --- whose rows ------------------------------------------------------------------------------------------
-
-
-class Counting(MemoryDataset):
-    """Counts how often a client is read."""
-
-    def client(self, split, index):
-        self.reads = getattr(self, "reads", 0) + 1
-        return super().client(split, index)
-
-
-def small_dataset():
-    rows = [np.arange(a, b, dtype=np.float32) for a, b in ((0, 4), (4, 4), (4, 11))]
-    return Counting([{"x": r} for r in rows], test={"x": np.arange(100, 105, dtype=np.float32)})
-
-
-def test_blocks_cut_a_split_across_clients_and_cover_it_once():
-    source = Source(small_dataset(), 1 << 20, torch.device("cpu"))
-    blocks = Batching(size=3, of="block", shuffle=False)
-    assert source.examples(blocks).tolist() == [3, 3, 3, 2]
-    found = [source.columns(blocks, i)["x"].tolist() for i in range(4)]
-    assert found == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
-    central = Batching(size=3, of="block", split="test")
-    assert [source.columns(central, i)["x"].tolist() for i in range(2)] == [[100, 101, 102], [103, 104]]
-
-
-def test_all_is_the_whole_split_for_every_id_and_client_its_own():
-    source = Source(small_dataset(), 1 << 20, torch.device("cpu"))
-    everything = Batching(size=3, of="all")
-    assert source.examples(everything).tolist() == [11]
-    assert source.columns(everything, 5)["x"].tolist() == list(range(11))
-    assert source.examples(Batching()).tolist() == [4, 0, 7]
-    assert source.columns(Batching(), 2)["x"].tolist() == list(range(4, 11))
-
-
-@pytest.mark.parametrize(("budget", "reads"), [(1 << 20, 2), (28, 4), (0, 6)])
-def test_clients_stay_resident_within_the_budget_only(budget, reads):
-    data = small_dataset()
-    source = Source(data, budget, torch.device("cpu"))
-    for _ in range(3):
-        assert source.columns(Batching(), 2)["x"].tolist() == list(range(4, 11))
-        assert source.columns(Batching(size=9), 0)["x"].tolist() == [0, 1, 2, 3]
-    assert data.reads == reads and source.bytes <= budget

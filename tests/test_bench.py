@@ -1,91 +1,42 @@
 """Benchmarks: the contestants do the same work, and table and JSON have the same rows. Never how fast."""
 
+import fcntl
 import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from mpifl import bench
+import mpifl
+from mpifl.bench import __main__ as bench
+from mpifl.bench import cases, data, datasets, reading, step, training
+from mpifl.config import UserError
+from mpifl.data.shard import Dataset
+from mpifl.data.writer import ShardWriter
 from mpifl.models.cnn import EmnistConv
 from mpifl.models.linear import mlp
 
-CASES = [f"{net}, {extras}" for net in ("dense", "conv") for extras in ("bare", "mask", "key", "mask + key")]
+STEP_CASES = [f"{net}, {extras}" for net in ("dense", "conv") for extras in ("bare", "mask", "key", "mask + key")]
 
 
-@pytest.fixture
-def two_steps(monkeypatch):
-    few = {name: (net, plain, 2) for name, (net, plain, _) in bench.STEP_NETS.items()}
-    monkeypatch.setattr(bench, "STEP_NETS", few)
-
-
-@pytest.mark.parametrize(
-    ("net", "mask", "key"),
-    [
-        ("dense", False, False),
-        ("dense", True, False),
-        ("dense", True, True),  # no dropout in this one
-        ("conv", False, False),
-        ("conv", True, False),
-    ],
-)
-def test_both_loops_train_the_same_model(net, mask, key):
-    factory, plain, _ = bench.STEP_NETS[net]
-    model, batches = bench.from_module(factory), bench.made_batches(3, mask, key)
-    first = model.init(0)
-    ours = first - bench.engine_loop(model, batches)().update["pseudo_grad"]
-    hand = torch.cat([p.detach().reshape(-1) for p in bench.hand_loop(plain(), model, batches)()])
-    assert (hand - first).abs().max() > 1e-4
-    torch.testing.assert_close(ours, hand, rtol=1e-5, atol=1e-6)
-
-
-def test_with_a_key_the_hand_written_conv_loop_drops_out_too():
-    batches = bench.made_batches(1, False, True)
-    net = bench.PlainConv()
-    bench.hand_loop(net, bench.from_module(EmnistConv), batches)
-    assert net.training and not torch.equal(net(batches[0]["x"]), net(batches[0]["x"]))
-
-
-def test_masks_keep_every_row_and_keys_differ_from_step_to_step():
-    batches = bench.made_batches(3, True, True)
-    assert all(batch["mask"].all() for batch in batches)
-    assert len({int(batch["key"]) for batch in batches}) == 3
-
-
-def test_each_hand_run_starts_from_the_same_parameters():
-    net = mlp(bench.EMNIST)
-    loop = bench.hand_loop(net, bench.from_module(lambda: mlp(bench.EMNIST)), bench.made_batches(2, False, False))
-    once = [p.detach().clone() for p in loop()]
-    for first, again in zip(once, loop()):
-        assert torch.equal(first, again.detach())
+# ---- what all families share
 
 
 def test_contestants_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     ran, now = [], [0.0]
     costs = {"a": [100.0, 1.0, 5.0, 3.0], "b": [100.0, 8.0, 2.0, 4.0]}
-    monkeypatch.setattr(bench.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(cases.time, "process_time", lambda: now[0])
 
     def contestant(name):
         ran.append(name)
         now[0] += costs[name].pop(0)
 
-    assert bench.medians(3, lambda: contestant("a"), lambda: contestant("b")) == [3.0, 4.0]
+    assert cases.medians(3, lambda: contestant("a"), lambda: contestant("b")) == [3.0, 4.0]
     assert "".join(ran) == "abababab"
-
-
-def test_step_prints_a_table_and_appends_the_same_cases_as_json_lines(two_steps, tmp_path, capsys):
-    file = tmp_path / "cases.jsonl"
-    file.write_text("earlier\n")
-    assert bench.main(["step", "--repeats", "1", "--json", str(file)]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "ms", "hand", "ms", "ours", "ratio"]
-    assert [row[:20].strip() for row in rows] == CASES
-    earlier, *lines = file.read_text().splitlines()
-    assert earlier == "earlier"
-    for row, case, line in zip(rows, CASES, map(json.loads, lines), strict=True):
-        assert line["family"] == "step" and line["case"] == case
-        assert line["ms_hand"] > 0 and line["ratio"] == pytest.approx(line["ms_ours"] / line["ms_hand"])
-        assert row[20:].split() == [f"{line[name]:.3f}" for name in ("ms_hand", "ms_ours", "ratio")]
-        assert line["versions"]["torch"] == torch.__version__ and line["hardware"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -104,6 +55,9 @@ def test_without_a_family_it_lists_them(arguments, capsys):
         (["step", "--repeats", "many"], "--repeats: 'many' is not a whole number of at least 1"),
         (["step", "--json", "missing/cases.jsonl"], "--json is 'missing/cases.jsonl', which cannot be written"),
         (["step", "--fast"], "unrecognized arguments: --fast"),
+        (["step", "--clients", "5"], "unrecognized arguments: --clients"),
+        (["data", "--clients", "1e6"], "--clients: '1e6' is not a whole number of at least 1"),
+        (["data", "--folder", "/dev/null/x"], "--folder is '/dev/null/x', which cannot be made: Not a directory"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -113,3 +67,241 @@ def test_mistakes_are_refused_in_one_line_before_anything_is_measured(arguments,
     out, err = capsys.readouterr()
     assert not out and err.startswith("mpifl: ") and err.count("\n") == 1 and words in err
     assert not list(tmp_path.iterdir())
+
+
+def table_and_lines(arguments, tmp_path, capsys):
+    """What a family printed, and its JSON lines."""
+    file = tmp_path / "cases.jsonl"
+    file.write_text("earlier\n")
+    assert bench.main([*arguments, "--json", str(file)]) == 0
+    earlier, *lines = file.read_text().splitlines()
+    assert earlier == "earlier"
+    return capsys.readouterr().out.splitlines(), [json.loads(line) for line in lines]
+
+
+# ---- step
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    few = {name: (net, plain, 2) for name, (net, plain, _) in step.STEP_NETS.items()}
+    monkeypatch.setattr(step, "STEP_NETS", few)
+
+
+@pytest.mark.parametrize(
+    ("net", "mask", "key"),
+    [
+        ("dense", False, False),
+        ("dense", True, False),
+        ("dense", True, True),  # no dropout in this one
+        ("conv", False, False),
+        ("conv", True, False),
+    ],
+)
+def test_both_loops_train_the_same_model(net, mask, key):
+    factory, plain, _ = step.STEP_NETS[net]
+    model, batches = step.from_module(factory), step.made_batches(3, mask, key)
+    first = model.init(0)
+    ours = first - step.engine_loop(model, batches)().update["pseudo_grad"]
+    hand = torch.cat([p.detach().reshape(-1) for p in step.hand_loop(plain(), model, batches)()])
+    assert (hand - first).abs().max() > 1e-4
+    torch.testing.assert_close(ours, hand, rtol=1e-5, atol=1e-6)
+
+
+def test_with_a_key_the_hand_written_conv_loop_drops_out_too():
+    batches = step.made_batches(1, False, True)
+    net = step.PlainConv()
+    step.hand_loop(net, step.from_module(EmnistConv), batches)
+    assert net.training and not torch.equal(net(batches[0]["x"]), net(batches[0]["x"]))
+
+
+def test_masks_keep_every_row_and_keys_differ_from_step_to_step():
+    batches = step.made_batches(3, True, True)
+    assert all(batch["mask"].all() for batch in batches)
+    assert len({int(batch["key"]) for batch in batches}) == 3
+
+
+def test_each_hand_run_starts_from_the_same_parameters():
+    net = mlp(step.EMNIST)
+    loop = step.hand_loop(net, step.from_module(lambda: mlp(step.EMNIST)), step.made_batches(2, False, False))
+    once = [p.detach().clone() for p in loop()]
+    for first, again in zip(once, loop()):
+        assert torch.equal(first, again.detach())
+
+
+def test_step_prints_a_table_and_appends_the_same_cases_as_json_lines(two_steps, tmp_path, capsys):
+    (header, *rows), lines = table_and_lines(["step", "--repeats", "1"], tmp_path, capsys)
+    assert header.split() == ["step", "ms", "hand", "ms", "ours", "ratio"]
+    width = bench.CASE_WIDTH
+    assert [row[:width].strip() for row in rows] == STEP_CASES
+    for row, case, line in zip(rows, STEP_CASES, lines, strict=True):
+        assert line["family"] == "step" and line["case"] == case
+        assert line["ms_hand"] > 0 and line["ratio"] == pytest.approx(line["ms_ours"] / line["ms_hand"])
+        assert row[width:].split() == [f"{line[name]:.3f}" for name in ("ms_hand", "ms_ours", "ratio")]
+        assert line["versions"]["torch"] == torch.__version__ and line["hardware"]
+
+
+# ---- data
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Datasets of a few clients, and training in this process."""
+    sizes = {"IMAGE_CLIENTS": 12, "COHORT": 5, "WRITER_CLIENTS": 12, "WRITER_IMAGES": 6, "PEOPLE_COHORT": 20}
+    for name, value in (sizes | {"READERS": 2, "PASSES": 2, "COMPRESSIONS": ("gzip", "zstd")}).items():
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(data, "WRITER_MODEL", "logistic")
+    monkeypatch.setattr(data, "trained", here)
+
+
+def here(job):
+    """As training.trained, without a process of its own."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        summary = mpifl.run(job | {"run": job["run"] | {"out": str(out)}})
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+    return training.Trained(summary, [json.loads(line) for line in lines])
+
+
+def test_data_prints_a_table_and_appends_the_same_cases_as_json_lines(little, tmp_path, capsys):
+    arguments = ["data", "--clients", "3000", "--repeats", "1", "--folder", str(tmp_path / "kept")]
+    rows, lines = table_and_lines(arguments, tmp_path, capsys)
+    width, shown = bench.CASE_WIDTH, []
+    for line in lines:
+        figures = {name: line[name] for name in line if name not in ("family", "case", "versions", "hardware")}
+        assert all(np.isfinite(value) and value >= 0 for value in figures.values())
+        if shown != [*figures]:  # the names come again when they change
+            shown = [*figures]
+            assert rows.pop(0).split() == ["data", *" ".join(shown).replace("_", " ").split()]
+        row = rows.pop(0)
+        assert row[:width].strip() == line["case"] and len(row[width:].split()) == len(figures)
+    assert not rows
+    expected = "write people, open people, sample, train, write images, read, 2 readers, write writers, conv net"
+    begun = [line["case"].replace("-", " ") for line in lines]
+    assert [word for word in expected.split(", ") if not any(case.startswith(word) for case in begun)] == []
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
+        ["people-3000", "images-12", "images-12-gzip", "images-12-zstd", "writers-12"]
+    )
+
+
+def test_people_are_as_many_as_asked_for_and_have_1_to_4_rows(tmp_path):
+    (case,) = datasets.people(tmp_path / "people", 2500)
+    dataset = Dataset(tmp_path / "people")
+    assert case["clients"] == dataset.clients == 2500
+    assert np.unique(dataset.sizes("train")).tolist() == [1, 2, 3, 4]
+    assert case["MB_on_disk"] * 1e6 == sum(file.stat().st_size for file in (tmp_path / "people").iterdir())
+    dataset.close()
+
+
+def test_a_dataset_that_is_there_is_used_again(tmp_path):
+    assert [case["case"] for case in datasets.images(tmp_path / "images", 3, 4)] == ["write images"]
+    before = (tmp_path / "images" / "index.h5").stat().st_mtime_ns
+    assert not [*datasets.images(tmp_path / "images", 3, 4)]
+    datasets.evict(tmp_path / "images")
+    assert (tmp_path / "images" / "index.h5").stat().st_mtime_ns == before
+
+
+def test_enlarged_digits_use_all_of_a_byte_and_are_mostly_background():
+    pixels = datasets.enlarged()
+    assert pixels.shape[1:] == (28, 28) and pixels.dtype == np.uint8 and pixels.max() == 255
+    assert 0.5 < (pixels == 0).mean() < 0.9
+
+
+IDS = [0, 4, 7, 11]
+
+
+@pytest.fixture(params=["", "gzip"])
+def stored(request, tmp_path):
+    """Twelve clients in several shards."""
+    with ShardWriter(tmp_path / "images", datasets.IMAGES, shard_bytes=20_000, compression=request.param) as writer:
+        writer.write("train", datasets._images(12, 6))
+    return tmp_path / "images", request.param
+
+
+def test_every_way_reads_the_same_bytes(stored):
+    path, compression = stored
+    dataset = Dataset(path)
+    assert len(dataset.shards("train")) > 2
+    wanted = [dataset.client("train", id)[name].tobytes() for id in IDS for name in ("x", "y")]
+    dataset.close()
+    with reading.ways_to_read(path, IDS, 1) as ways:
+        found = {name: [array.tobytes() for array in read()] for name, read in ways.items()}
+    without_a_place = {"h5py", "first touch", "verified"}
+    assert found.keys() == without_a_place | (set() if compression else {"raw", "raw, one buffer", "memmap"})
+    for name in found.keys() - {"raw, one buffer"}:
+        assert found[name] == wanted, name
+
+
+@pytest.mark.parametrize("stored", [""], indirect=True)
+def test_raw_reads_the_same_ranges_with_and_without_memory_of_its_own(stored, monkeypatch):
+    asked, preadv = [], os.preadv
+
+    def noted(file, buffers, first):
+        asked.append((first, memoryview(buffers[0]).nbytes))
+        return preadv(file, buffers, first)
+
+    with reading.ways_to_read(stored[0], IDS, 0) as ways:
+        monkeypatch.setattr(os, "preadv", noted)
+        calls = {}
+        for way in ("raw", "raw, one buffer", "verified"):
+            last, asked[:] = ways[way]()[-1], []
+            ways[way]()
+            calls[way] = asked[:]
+        assert calls["raw"] == calls["raw, one buffer"] == calls["verified"] and len(asked) == 2 * len(IDS)
+        assert ways["raw, one buffer"]()[0][: last.nbytes].tobytes() == last.tobytes()
+
+
+def test_first_touch_compares_checksums_and_each_time_anew(tmp_path):
+    [*datasets.images(tmp_path / "images", 12, 6)]
+    with reading.ways_to_read(tmp_path / "images", IDS, 2) as ways:
+        ways["first touch"]()
+        place = ways["raw"]()[0]
+        file = tmp_path / "images" / "train-00000.h5"
+        content = file.read_bytes()
+        at = content.index(place.tobytes())
+        with open(file, "r+b") as damaged:
+            damaged.seek(at)
+            damaged.write(bytes([content[at] ^ 1]))
+        ways["verified"]()
+        with pytest.raises(UserError, match="does not match its checksum"):
+            ways["first touch"]()
+
+
+def test_a_read_only_locked_folder_is_put_back_as_it_was(tmp_path):
+    [*datasets.images(tmp_path / "images", 3, 4)]
+    paths = [tmp_path / "images", *(tmp_path / "images").iterdir()]
+    modes = [path.stat().st_mode for path in paths]
+    with data._read_only_and_locked(tmp_path / "images"):
+        assert not any(path.stat().st_mode & 0o222 for path in paths)
+        with open(paths[1]) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        Dataset(tmp_path / "images").close()
+    assert [path.stat().st_mode for path in paths] == modes
+    with open(paths[1]) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def record(load, total, evaluate):
+    seconds = {"total": total} | ({"evaluate": evaluate} if evaluate else {})
+    return {"host_seconds": {"load": load}, "seconds": seconds}
+
+
+def test_a_run_is_judged_by_its_rounds_after_the_first_and_without_evaluation():
+    run = training.Trained({}, [record(100.0, 100.0, 0), record(1.0, 10.0, 3.0), record(2.0, 5.0, 0)])
+    assert run.host_seconds("load") == 1.5 and run.round_seconds == 6.0
+
+
+def test_a_run_that_fails_is_an_error_with_what_it_said(monkeypatch):
+    done = SimpleNamespace(returncode=2, stderr="mpifl: no such model\n")
+    monkeypatch.setattr(training.subprocess, "run", lambda *command, **options: done)
+    with pytest.raises(UserError, match=r"mpifl.train .* failed: mpifl: no such model"):
+        training.trained({"rounds": 1})
+
+
+@pytest.mark.launches
+def test_jobs_are_trained_by_a_server_and_two_hosts(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "7")  # as under a launcher, which does not nest
+    if not training.mpirun():
+        pytest.skip("needs mpirun, found neither beside python nor on PATH")
+    run = training.trained({"rounds": 2, "cohort": 4, "model": {"name": "logistic"}, "algorithm": {"name": "fedavg"}})
+    assert len(run.summary["resident_bytes"]) == 3 and len(run.rounds) == 2

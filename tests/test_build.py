@@ -92,7 +92,7 @@ def test_one_factory_gives_the_same_model_at_the_same_seed_and_leaves_the_genera
         ),
         ("model.name=mlpp", "there is no model (or package.module:function) 'mlpp'; did you mean 'mlp'?"),
         ("model.loss=crossentropy", "there is no loss (or package.module:function) 'crossentropy'; did you mean"),
-        ("model.loss=3", "there is no loss (or package.module:function) '3' (allowed: cross_entropy)"),
+        ("model.loss=3", "there is no loss (or package.module:function) '3' (allowed: cross_entropy, token_"),
         (
             'run.metrics=["acuracy"]',
             "there is no metric (or package.module:function) 'acuracy'; did you mean 'accuracy'?",
@@ -307,15 +307,74 @@ def test_an_algorithm_must_be_one(own):
     ("source", "found"),
     [
         ("def f(scores, batch): return scores.sum()", "()"),
-        ("def f(scores, batch): return scores", "(2, 10)"),
+        ("def f(scores, batch): return scores.T", "(10, 2)"),
         ("def f(scores, batch): return 0.5", "float"),
     ],
 )
-def test_losses_and_metrics_must_give_a_number_per_example(own, source, found):
+def test_losses_must_give_a_number_per_example_and_metrics_a_row(own, source, found):
     own(source)
-    line = f"gives {found} for a batch of 2; it must give one number per example, (2,)"
-    assert refusal("model.loss=own_parts:f") == f"loss {line}"
-    assert refusal('run.metrics=["accuracy", "own_parts:f"]') == f"f {line}"
+    line = f"gives {found} for a batch of 2; it must give"
+    assert refusal("model.loss=own_parts:f") == f"loss {line} one number per example, (2,)"
+    metric = f"metric f {line} (2, ...), or a Ratio or Counts of mpifl.measure"
+    assert refusal('run.metrics=["accuracy", "own_parts:f"]') == metric
+
+
+TEXT = """
+import numpy as np
+from mpifl import Feature, MemoryDataset
+
+def text():
+    ids = Feature("uint8", (6,), classes=9, pad=0)
+    rows = np.array([[1, 3, 4, 5, 0, 0], [1, 8, 7, 6, 5, 4]], dtype="uint8")
+    return MemoryDataset([{"x": rows, "y": np.roll(rows, -1, axis=1)}], features={"x": ids, "y": ids})
+
+def pulled(scores, batch, strength: float, base: float = 1.0):
+    return strength * scores.flatten(1).sum(dim=1) + base
+"""
+OF_TEXT = JOB | {"model": {"name": "char_lstm", "hidden": 4}, "run": {"metrics": []}}
+
+
+def test_models_of_tokens_are_scored_token_by_token_unless_the_job_says_otherwise(own):
+    own(TEXT)
+    losses = {}
+    for loss in ("", 'model.loss="token_cross_entropy"', 'model.loss={name="token_cross_entropy", expected_length=3}'):
+        parts = build(load(OF_TEXT, ["data.path=own_parts:text", *([loss] if loss else [])]))
+        rows = {name: torch.from_numpy(c).long() for name, c in parts.dataset.client("train", 0).items()}
+        losses[loss] = parts.model.losses(parts.model.init(0), rows)
+    usual, named_, scaled = losses.values()
+    assert torch.equal(usual, named_)
+    torch.testing.assert_close(scaled, usual * torch.tensor([4.0, 6.0]) / 3)  # the tokens of y that are not 0
+
+
+def test_a_loss_of_the_users_own_takes_options_from_its_table(own):
+    own(TEXT)
+    scores = torch.full((2, 10), 0.5)
+    loss = build(load(JOB, ['model.loss={name="own_parts:pulled", strength=2}'])).model.loss
+    assert loss(scores, {}).tolist() == [11.0, 11.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        (
+            "{name='token_cross_entropy', length=3}",
+            "there is no token_cross_entropy option 'length' (allowed: expected_length)",
+        ),
+        ("{name='token_cross_entropy', batch=3}", "there is no token_cross_entropy option 'batch' (allowed: expected"),
+        (
+            "{name='token_cross_entropy', expected_length='x'}",
+            "token_cross_entropy.expected_length is 'x'; it must be a",
+        ),
+        ("{name='token_cross_entropy', expected_length=0}", "token_cross_entropy's expected_length is 0.0; it must be"),
+        ("{expected_length=3}", "model.loss is {'expected_length': 3}; write a name, or a table such as"),
+        ("{name='own_parts:pulled'}", "own_parts:pulled needs strength (options: strength, base)"),
+        ("{name='no_such'}", "there is no loss (or package.module:function) 'no_such' (allowed: cross_entropy, "),
+    ],
+)
+def test_a_loss_table_is_checked_against_the_function(own, loss, line):
+    own(TEXT)
+    job = OF_TEXT | {"data": {"path": "own_parts:text"}}
+    assert refusal(f"model.loss={loss}", job=job).startswith(line)
 
 
 def test_loss_and_metrics_of_the_users_own_are_used(own):

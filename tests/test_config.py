@@ -35,7 +35,7 @@ def changed(override):
     [
         ("roundz=3", "there is no job key 'roundz'; did you mean 'rounds'? (allowed: algorithm, baseline_epochs, "),
         ("run.evl_every=3", "there is no run option 'evl_every'; did you mean 'eval_every'? (allowed: device, "),
-        ("data.pth=x", "there is no data option 'pth'; did you mean 'path'? (allowed: cache_mb, made_by, path)"),
+        ("data.pth=x", "there is no data option 'pth'; did you mean 'path'? (allowed: cache_mb, made_by, path, stage)"),
         ("engine.nam=serial", "there is no engine option 'nam'; did you mean 'name'? (allowed: check, name)"),
         ("engine.name=serail", "there is no engine.name 'serail'; did you mean 'serial'? (allowed: auto, serial)"),
         ("comm.sum=exat", "there is no comm.sum 'exat'; did you mean 'exact'? (allowed: exact, float32)"),
@@ -63,7 +63,7 @@ def test_unknown_keys_and_choices_are_answered_with_what_is_allowed(override, li
         ("data=[1]", "data is [1]; it must be a table"),
         ("model=mlp", "model is 'mlp'; it must be a table"),
         ("run.out=3", "run.out is 3; it must be a string"),
-        ("run.metrics=accuracy", "run.metrics is 'accuracy'; it must be a list, each a string"),
+        ("run.metrics=accuracy", "run.metrics is 'accuracy'; it must be a list, each a name or a table"),
         ("run.metrics=[3]", "run.metrics is 3; it must be a string"),
         ("rounds=0", "rounds is 0; it must be at least 1"),
         ("rounds=-5", "rounds is -5; it must be at least 1"),

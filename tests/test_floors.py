@@ -18,12 +18,18 @@ FLOORS = {
     "one rank": ["data.*", "engine.*"],
     "fleet": ["comm", "messages", "fleet"],
     "programs": [
-        *("train", "evaluate", "bench", "plan", "build", "console"),
+        *("train", "evaluate", "bench.*", "plan", "build", "console"),
         *("results", "scoring", "baselines", "launch", "session"),
     ],
 }
 ORDER = list(FLOORS)
-ONLY_IN = {"mpi4py": {"comm"}, "h5py": {"data.shard", "data.writer"}}
+ONLY_IN = {
+    "mpi4py": {"comm"},
+    "h5py": {"data.shard", "data.column", "data.pieces", "data.newfile", "data.writer", "bench.reading"},
+    # Models of other libraries: imported where one is made, as they take seconds and are optional.
+    "transformers": {"models.hf"},
+    "peft": {"models.hf"},
+}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "torch.save", "torch.load"}
 LOW_FLOORS_MAY_IMPORT = {"torch", "numpy", "mpifl", *sys.stdlib_module_names}
 IMPURE = {"os", "io", "sys", "time", "datetime", "random", "secrets", "pathlib", "tempfile", "socket", "subprocess"}
@@ -83,7 +89,7 @@ def complaints(module: str, source: str) -> list[str]:
     found += [f"{module} pickles with {name}" for name in (names | roots) & PICKLES]
     found += [f"{module} passes allow_pickle"] if "allow_pickle" in source else []
     if floor in ORDER[:3]:
-        found += [f"{module} imports {name}" for name in roots - LOW_FLOORS_MAY_IMPORT]
+        found += [f"{module} imports {name}" for name in roots - LOW_FLOORS_MAY_IMPORT - set(ONLY_IN)]
         found += [f"{module} imports {name}" for name in names if name.startswith("torch.distributed")]
     if floor == "catalogue":
         found += [f"{module} imports {name}, but has no I/O, clock or chance" for name in roots & IMPURE]
@@ -122,9 +128,12 @@ def test_only_build_and_the_package_itself_import_by_name():
 
 
 def test_data_preparation_writes_shards_through_the_package_alone():
+    # These two only read what others publish so: tff.py HDF5, and cifar.py pickles, by an Unpickler that calls
+    # nothing but two functions of its own, whatever the pickle names.
+    reads = {"tff.py": "h5py", "cifar.py": "pickle"}
     for path in (PACKAGE.parent / "data_prep").glob("*.py"):
         roots = {name.split(".")[0] for name in imported(path.read_text())}
-        assert not roots & {"h5py", "mpi4py", "pickle"}, path.name
+        assert not roots & ({"h5py", "mpi4py", "pickle"} - {reads.get(path.name)}), path.name
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,8 @@ def test_data_preparation_writes_shards_through_the_package_alone():
         ("rand", "import h5py"),
         ("engine.host", "from mpifl.fleet import Fleet"),
         ("data.batches", "import h5py"),
+        ("models.cnn", "import transformers"),
+        ("build", "def f():\n    from peft import LoraConfig"),
         ("fleet", "import mpi4py.MPI"),
         ("fleet", "from mpifl.launch import agree"),
         ("results", "import pickle"),
@@ -165,9 +176,10 @@ def test_what_must_not_be_is_seen(module, line):
     [
         ("algorithms.hypcluster", "from mpifl.measure import example_sums"),
         ("models.cnn", "from mpifl.models.linear import mlp"),
+        ("models.hf", "def f():\n    from transformers import AutoConfig"),
         ("engine.host", "from mpifl.data.batches import batches"),
         ("comm", "from mpi4py import MPI"),
-        ("bench", "from mpifl.engine.serial import visit"),
+        ("bench.step", "from mpifl.engine.serial import visit"),
     ],
 )
 def test_what_may_be_is_let_through(module, line):
@@ -206,16 +218,16 @@ def test_importing_the_package_imports_neither_torch_nor_mpi_nor_hdf5(tmp_path):
     assert run_fresh(code, tmp_path).split() == [mpifl.__version__]
 
 
-def test_every_public_name_can_be_had_and_a_job_be_run_without_mpi(tmp_path):
+def test_every_public_name_can_be_had_and_a_job_be_run_without_mpi_and_optional_packages(tmp_path):
     code = """
 import mpifl
 for name in mpifl.__all__:
     getattr(mpifl, name)
 from mpifl.train import main
 status = main(["rounds=1", "cohort=2", "baselines=false", "run.out=out", "--quiet"])
-print(status, "mpi4py" in sys.modules)
+print(status, *{"mpi4py", "transformers", "peft"} & set(sys.modules))
 """
-    assert run_fresh(code, tmp_path).split() == ["0", "False"]
+    assert run_fresh(code, tmp_path).split() == ["0"]
     assert (tmp_path / "out" / "summary.json").is_file()
 
 

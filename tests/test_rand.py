@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpifl.rand import as_tensor, dropout, fold, permutation, sample, uniform_int32
+from mpifl.rand import as_tensor, dropout, fold, integers_at, permutation, sample, uniform_int32
 
 
 def unlikely(counts, expected):
@@ -124,6 +124,29 @@ def test_numbers_of_another_key_or_salt_are_independent(other):
     two = uniform_int32(as_tensor(key), (100_000,), salt).double()
     assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.02
     assert int((one == two).sum()) < 3
+
+
+def test_integers_of_an_example_are_uniform_below_each_bound_and_independent():
+    below = (9, 1, 2, 2**31)
+    draws = integers_at(as_tensor(fold(4)), torch.arange(20_000), below)
+    for numbers, n in zip(draws, below):
+        assert numbers.dtype == torch.int64 and numbers.shape == (20_000,)
+        assert not unlikely(torch.histc(numbers.double(), bins=min(n, 100), min=0, max=n).numpy(), 20_000 / min(n, 100))
+    varied = torch.stack([draws[0], draws[2], draws[3]]).double()
+    neighbours = torch.cat([varied.roll(shift, dims=1) for shift in (0, 1, 3)])
+    assert float((torch.corrcoef(neighbours) - torch.eye(9)).abs().max()) < 0.05
+
+
+def test_integers_of_an_example_are_a_function_of_key_index_and_salt():
+    key, index = as_tensor(fold(4)), torch.tensor([5, 0, 70_000])
+    (drawn,) = integers_at(key, index, (10**6,))
+    assert torch.equal(integers_at(key, index[[2, 0]], (10**6,))[0], drawn[[2, 0]])
+    for other in (integers_at(as_tensor(fold(5)), index, (10**6,)), integers_at(key, index, (10**6,), salt=1)):
+        assert not (other[0] == drawn).any()
+    keys = torch.stack([as_tensor(fold(0, client)) for client in range(4)])
+    together = torch.func.vmap(lambda key: integers_at(key, index, (7, 9)))(keys)
+    for k in range(4):
+        assert all(torch.equal(a[k], b) for a, b in zip(together, integers_at(keys[k], index, (7, 9))))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])

@@ -13,8 +13,10 @@ from typing import get_type_hints
 
 import pytest
 
+from data_prep.__main__ import CONVERTERS, TOOLS
 from mpifl import build
 from mpifl.config import Job, UserError, load
+from mpifl.models.images import Images
 from mpifl.train import DEFAULT_JOB
 from mpifl.work import Batching
 
@@ -66,10 +68,12 @@ def test_modules_that_commands_name_exist_and_have_these_flags():
     for line in shell_lines():
         for module, rest in re.findall(r"\bpython3? -m ([\w.]+)([^&]*)", line):
             assert importlib.util.find_spec(module), f"{line}: no module {module}"
-            converter = re.match(r" ([a-z]\w*)", rest) if module == "data_prep" else None
+            converter = re.match(r" ([a-z][\w-]*)", rest) if module == "data_prep" else None
             program = (module, converter[1]) if converter else (module,)
             flags.setdefault(program, set()).update(re.findall(r"(?<=\s)--[a-z-]+", rest))
-    flags[("mpifl.train",)].update(span for span in SPANS if re.fullmatch(r"--[a-z-]+", span))
+    of_conversions = set(re.findall(r"`(--[a-z-]+)`", section("Datasets")))
+    flags[("data_prep", "images")] |= of_conversions
+    flags[("mpifl.train",)].update(span for span in SPANS if span[:2] == "--" and span not in of_conversions)
     assert flags[("mpifl.train",)] and flags[("data_prep", "mnist")]
     asked = {program: wanted for program, wanted in flags.items() if wanted or program[0] == "mpifl.evaluate"}
     started = {
@@ -88,7 +92,8 @@ def test_modules_that_commands_name_exist_and_have_these_flags():
 def test_table_of_job_keys_is_that_of_the_dataclasses():
     documented = {key.strip("`"): default for key, default, _ in table("Jobs")}
     assert documented.pop("model.inputs") == '`"x"`'
-    assert documented.pop("model.loss") == '`"cross_entropy"`'
+    assert documented.pop("model.loss") == "by the data"
+    assert documented.pop("model.images") == "none"
     assert documented == dict(_job_keys())
 
 
@@ -125,9 +130,13 @@ def test_options_are_the_arguments_of_the_functions():
     assert f"and each {', '.join(shared)}" in block
     assert documented["algorithm"] == _options(build.ALGORITHMS, "model", "seed")
     assert documented["model"] == _options(build.MODELS, "features")
+    assert documented["loss"] == _options(build.LOSSES, "scores", "batch")
+    assert documented["metric"] == _options(build.METRICS, "scores", "batch")
     assert documented["optimizer"] == _options(build.OPTIMIZERS, *shared)
     assert documented["schedule"] == _options(build.SCHEDULES)
     assert all(set(shared) <= inspect.signature(make).parameters.keys() for make in build.OPTIMIZERS.values())
+    images = re.findall(r"\w+", re.search(r"^images +(.*)$", block, re.M)[1])
+    assert images == [field.name for field in fields(Images)]
     batches = set(re.findall(r"\w+", re.search(r"^batches +(.*)$", block, re.M)[1])) - {"or"}
     assert batches == {field.name for field in fields(Batching)} - {"split", "of"}
 
@@ -174,9 +183,14 @@ def test_layout_names_every_module_once():
     assert sorted(named) == sorted(files | folders)
 
 
+def test_every_converter_and_tool_is_named():
+    named = set(re.findall(r"`([a-z][\w-]*)`", section("Datasets")))
+    assert {*CONVERTERS, *TOOLS} <= named
+
+
 def test_mnist_figures_are_those_of_the_job():
     comment = (ROOT / "jobs" / "mnist_iid.toml").read_text(encoding="utf-8")
-    [_, reported, ours] = [line for line in section("MNIST").splitlines() if line.startswith("| ")]
+    [_, reported, ours] = [line for line in section("MNIST and other jobs").splitlines() if line.startswith("| ")]
     for line in (reported, ours):
         figures = re.findall(r"0\.\d{4}", line)
         assert len(figures) >= 4 and all(figure in comment for figure in figures)

@@ -42,7 +42,7 @@ def split():
 
     def split(name):
         with h5py.File(DIGITS / "index.h5", locking=False) as index:
-            feature = json.loads(index.attrs["features"])["x"]
+            feature = json.loads(index["features"][()])["x"]
         [path] = DIGITS.glob(f"{name}-*.h5")
         with h5py.File(path, locking=False) as shard:
             x, y, offsets = shard["x"][:], shard["y"][:], shard["offsets"][:]

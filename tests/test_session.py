@@ -62,3 +62,22 @@ def test_upload_named_by_the_data_is_refused_with_both_names(tmp_path):
 
 def test_wide_unsigned_labels_train(tmp_path):
     assert mpifl.run(job(tmp_path, data={"path": "parts:token_dataset"}))["accuracy"] > 0.2
+
+
+def test_fewer_rows_are_scored_in_whole_blocks_that_follow_from_the_seed(tmp_path):
+    def blocks(rows, seed=0):
+        table = job(tmp_path, data={"path": "parts:long_test_split"}, seed=seed, run={"eval_rows": rows})
+        session = Session.open(load(table), Alone(), Clock())
+        return session.scorer.blocks.tolist()
+
+    assert blocks(0) == blocks(10**6) == [0, 1, 2, 3, 4]  # the last one has 100 rows
+    assert len(blocks(1)) == len(blocks(512)) == 1 and len(blocks(513)) == 2
+    assert blocks(513) == blocks(513)
+    assert len({tuple(blocks(513, seed)) for seed in range(8)}) > 1
+
+
+def test_blocks_that_are_left_out_are_not_scored(tmp_path):
+    runs = [{"out": str(tmp_path / str(rows)), "eval_rows": rows} for rows in (0, 512)]
+    table = job(tmp_path, data={"path": "parts:long_test_split"}, rounds=1)
+    whole, part = (mpifl.run(table | {"run": run}) for run in runs)
+    assert whole["digest"] == part["digest"] and whole["loss"] != part["loss"]

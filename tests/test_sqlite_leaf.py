@@ -689,7 +689,6 @@ def test_synthetic_is_made_or_converted_not_both_nor_neither(tmp_path):
 
 
 def test_datasets_are_written_whole_whatever_the_number_of_jobs(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONVERTERS, "leaf-femnist", "leaf_femnist")
     users = {f"f{n:04}_00": (femnist_images(RANDOM.randint(0, 256, (3, 28, 28))), [n, 1, 2]) for n in range(4)}
     for number, names in enumerate((list(users)[:2], list(users)[2:])):
         (train, train_keys), (test, test_keys) = split_by_sample({user: users[user] for user in names}, cut=2)

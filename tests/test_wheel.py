@@ -41,9 +41,6 @@ def test_the_job_without_arguments_runs_from_a_wheel(installed, tmp_path):
 
 @pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.toml")))
 def test_jobs_are_found_in_a_wheel(installed, tmp_path, job):
-    done = run(installed, tmp_path, "mpifl.train", f"jobs/{job}", "--dry-run", "data.path=digits")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "round 1:" in done.stdout
     missing = run(installed, tmp_path, "mpifl.train", f"jobs/{job}")
     assert missing.returncode == 2
     assert "python -m data_prep" in missing.stderr

@@ -1,7 +1,7 @@
 """From a client's stored columns to its batches: a function of the client and its key, never of the machine.
 
-Stored columns become model inputs by one rule: a uint8 or float column with a recorded std becomes float32
-(x - mean) / std, other floats float32, other integers int64.
+Stored columns become model inputs by one rule: a column with a recorded mean and std becomes float32
+(x - mean) / std, other floats float32, other integers int64. Until then they stay as they are stored, on a GPU too.
 """
 
 from __future__ import annotations
@@ -20,62 +20,38 @@ from mpifl.work import Batching
 Columns = dict[str, Tensor]
 """Stored columns of one client, (n, ...) each, in their stored dtype."""
 
+GATHERED_BYTES = 4 << 20
+"""Inputs made ready at a time, at least a batch: more would fall out of a core's cache before they are used."""
 
-class Source:
-    """Reads a client's columns for a Batching, keeping what was read in memory within a budget of bytes."""
 
-    def __init__(self, dataset: Any, budget: int, device: torch.device) -> None:
-        self.dataset, self.budget, self.device = dataset, budget, device
-        self.resident: dict[tuple[str, str, int, int], Columns] = {}
-        self.bytes = 0
-
-    def examples(self, batching: Batching) -> np.ndarray:
-        """Number of examples behind each id that may be asked with this Batching, (ids,) int64."""
-        if batching.of == "client":
-            return self.dataset.sizes(batching.split)
-        total = self.dataset.total(batching.split)
-        if batching.of == "all":
-            return np.asarray([total], dtype=np.int64)
-        starts = np.arange(0, total, batching.size)
-        return np.minimum(batching.size, total - starts)
-
-    def columns(self, batching: Batching, id: int) -> Columns:
-        """Read (or find resident) the rows behind `id`."""
-        of, split, size = batching.of, batching.split, batching.size
-        key = (of, split, id if of != "all" else 0, size if of == "block" else 0)
-        found = self.resident.get(key)
-        if found is not None:
-            return found
-        if of == "client":
-            arrays = self.dataset.client(split, id)
-        else:
-            total = self.dataset.total(split)
-            start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
-            arrays = self.dataset.rows(split, start, stop)
-        columns = {name: torch.from_numpy(_widened(array)).to(self.device) for name, array in arrays.items()}
-        size = sum(column.nbytes for column in columns.values())
-        if self.bytes + size <= self.budget:
-            self.resident[key] = columns
-            self.bytes += size
-        return columns
+def as_columns(arrays: dict[str, np.ndarray], device: torch.device) -> Columns:
+    """Stored arrays as tensors on `device`; unsigned integers that torch cannot index become wider."""
+    return {name: torch.from_numpy(_widened(array)).to(device) for name, array in arrays.items()}
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
-    """The array in a dtype that torch can index: it knows wide unsigned integers by name only."""
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}.get(array.dtype.name)
     return array if wider is None else array.astype(wider)
 
 
 def to_inputs(columns: Columns, features: dict[str, Any]) -> Columns:
-    """Turn stored columns into what models read (the rule in this module's docstring)."""
+    """Turn stored columns into what models read (the rule in this module's docstring); may return views."""
     inputs = {}
     for name, column in columns.items():
         feature = features[name]
         if feature.std is not None:
-            inputs[name] = column.to(torch.float32, copy=True).sub_(feature.mean or 0.0).div_(feature.std)
+            mean, std = _scale(feature.mean, column), _scale(feature.std, column)
+            inputs[name] = column.to(torch.float32, copy=True).sub_(mean).div_(std)
         else:
             inputs[name] = column.to(torch.float32 if column.is_floating_point() else torch.int64)
     return inputs
+
+
+def _scale(value: float | tuple[float, ...], column: Tensor) -> float | Tensor:
+    """A number, or one per channel (the first axis of a row) in a shape that broadcasts."""
+    if isinstance(value, tuple):
+        return torch.tensor(value, device=column.device).view(-1, *[1] * (column.dim() - 2))
+    return value
 
 
 def batches(columns: Columns, features: dict[str, Any], batching: Batching, key: int) -> Iterator[Tree]:
@@ -83,39 +59,45 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
 
     key: of (seed, round, client); the order of epoch e and the key of step s are functions of it.
     """
-    stored = len(next(iter(columns.values())))
+    any_column = next(iter(columns.values()))
+    stored, device = len(any_column), any_column.device
     steps = int(batching.steps_of(stored))
     used = int(batching.examples_used(stored))
     chosen = np.arange(stored)
     if used < stored and batching.shuffle:
         chosen = permutation(fold(key, "subset"), stored)
     chosen = chosen[:used]
-    size = batching.size or used
+    size = batching.size or max(1, used)
+    stop = used - used % size if batching.drop_last else used
+    at_once = size * max(1, GATHERED_BYTES // (size * _input_bytes(columns)))
     step = epoch = 0
     while step < steps:
         order = chosen
         if batching.shuffle:
             order = chosen[permutation(fold(key, "shuffle", epoch), used)]
-        index = torch.from_numpy(order).to(next(iter(columns.values())).device)
-        rows = columns
-        if batching.shuffle or used < stored:
-            rows = {name: column.index_select(0, index) for name, column in columns.items()}
-        inputs = to_inputs(rows, features)
-        inputs["index"] = index
-        stop = used - used % size if batching.drop_last else used
-        for start in range(0, stop, size):
-            if step == steps:
-                return
-            batch = {name: aligned(value[start : start + size]) for name, value in inputs.items()}
-            batch["key"] = as_tensor(fold(key, "step", step)).to(index.device)
-            yield batch
-            step += 1
+        index = torch.from_numpy(order).to(device)
+        for first in range(0, stop, at_once):
+            part = index[first : min(first + at_once, stop)]
+            rows = {name: column[first : first + len(part)] for name, column in columns.items()}
+            if batching.shuffle:
+                rows = {name: column.index_select(0, part) for name, column in columns.items()}
+            inputs = to_inputs(rows, features) | {"index": part}
+            for start in range(0, len(part), size):
+                if step == steps:
+                    return
+                batch = {name: aligned(value[start : start + size]) for name, value in inputs.items()}
+                batch["key"] = as_tensor(fold(key, "step", step)).to(device)
+                yield batch
+                step += 1
         epoch += 1
+
+
+def _input_bytes(columns: Columns) -> int:
+    """Bytes of one row of inputs, at most."""
+    return sum(8 * column.shape[1:].numel() for column in columns.values())
 
 
 def blank_columns(features: dict[str, Any], rows: int = 2) -> Columns:
     """Return zero columns of these features, (rows, ...), for a visit that only finds shapes."""
-    return {
-        name: torch.from_numpy(_widened(np.zeros((rows, *feature.shape), dtype=feature.dtype)))
-        for name, feature in features.items()
-    }
+    zeros = {name: np.zeros((rows, *feature.shape), feature.dtype) for name, feature in features.items()}
+    return as_columns(zeros, torch.device("cpu"))

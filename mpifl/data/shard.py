@@ -1,82 +1,38 @@
-"""The dataset on disk: a folder of HDF5 shards and one small index; the same input gives the same bytes.
-
-    index.h5                     attributes: format, version, features and provenance (JSON)
-      splits/<split>             attributes: central; shards (JSON; file, bytes, first client, digest)
-        sizes    int64 (C,)      rows of each client; a client's index in its split is its position here
-        ids      utf-8 (C,)      fixed length: one read for millions
-    <split>-00000.h5, ...        a contiguous range of the split's clients
-      <column>                   (rows, *shape), one contiguous dataset, all rows of a client adjacent
-      offsets    int64 (c + 1,)  client i of the shard owns rows offsets[i]:offsets[i + 1]
-      crc32/<column> uint32 (c,)
-
-A split is `central` when its rows belong to no client: its "clients" are then blocks of 512 rows. A shard's
-digest is the sha256 of its offsets and checksums, so that the index vouches for every byte of data.
-"""
+"""Reading a dataset, whose layout format.py describes: open at once, checked when first touched."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import zlib
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import h5py
 import numpy as np
 
 from mpifl.config import UserError, choice
-
-FORMAT, VERSION, INDEX = "mpifl-shards", 1, "index.h5"
-
-Columns = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One column: dtype and shape of a row, how models see it, and which labels it may hold.
-
-    Models are fed (x - mean) / std in float32 where mean and std are given (both or neither). `classes`
-    limits an integer column to 0 .. classes - 1. Raises UserError for what cannot be stored.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    mean: float | None = None
-    std: float | None = None
-    classes: int | None = None
-
-    def __post_init__(self) -> None:
-        """Bring dtype and shape to one spelling."""
-        try:
-            dtype = np.dtype(self.dtype)
-        except TypeError:
-            raise UserError(f"there is no dtype '{self.dtype}'; use NumPy's names, e.g. uint8") from None
-        if not plain_dtype(dtype) or min(self.shape, default=1) < 1:
-            raise UserError(f"rows of {dtype} {self.shape} cannot be stored; use numbers, sides at least 1")
-        scale = (self.mean, self.std)
-        if scale != (None, None) and (None in scale or not np.isfinite(scale).all() or self.std <= 0):
-            raise UserError(f"mean {self.mean} and std {self.std}: give both or neither, std above 0")
-        if self.classes is not None and (dtype.kind not in "iu" or self.classes < 1):
-            raise UserError(f"classes {self.classes} of {dtype}: only integers have classes, at least 1")
-        object.__setattr__(self, "dtype", dtype.name)
-        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
-
-
-def plain_dtype(dtype: np.dtype) -> bool:
-    """Whether HDF5, torch and every MPI know this dtype: booleans, integers and floats of at most 8 bytes."""
-    return dtype.kind in "biuf" and dtype.itemsize <= 8
-
-
-def tables_digest(offsets: np.ndarray, crc32: dict[str, np.ndarray]) -> str:
-    """sha256 (hex) of a shard's offsets and checksums, columns in order of name."""
-    tables = [offsets, *(crc32[name] for name in sorted(crc32))]
-    return hashlib.sha256(b"".join(table.tobytes() for table in tables)).hexdigest()
+from mpifl.data.column import Column, check_offsets
+from mpifl.data.format import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    Columns,
+    Feature,
+    content_digest,
+    damaged,
+    shard_tables,
+    tables_digest,
+)
 
 
 class Dataset:
-    """A dataset folder open for reading: `path`, `features`, `provenance` (dict), `splits` (names).
+    """A dataset folder open for reading: `path`, `features`, `provenance` (dict), `splits` (names), `digest`.
 
     Opening finds every shard with its recorded size. A shard's tables are checked when it is first touched,
     a client's checksums when the client is. Raises UserError naming the file. Files stay open until `close`.
@@ -89,40 +45,35 @@ class Dataset:
             what = f"the folder has no {INDEX}" if self.path.is_dir() else "there is no such folder"
             raise UserError(f"{path} is not a dataset: {what}; see `python -m data_prep --help`")
         self._index = _open(self.path / INDEX)
+        with _reading(self._index, self.path / INDEX):
+            self._read_header()
+
+    def _read_header(self) -> None:
         header = dict(self._index.attrs)
         found = f"{header.get('format')} {header.get('version')}"
         if found != f"{FORMAT} {VERSION}":
-            raise UserError(f"{path} is {found}, not {FORMAT} {VERSION}; update mpifl or convert again")
-        try:
-            self.features = {name: Feature(**spec) for name, spec in json.loads(header["features"]).items()}
-            self.provenance = json.loads(header["provenance"])
-            groups = self._index["splits"]
-            self._splits = {name: _Split(self.path, groups[name], self.features) for name in groups}
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _damaged(self.path / INDEX, f"its header cannot be read ({error})") from None
-        self.splits = tuple(self._splits)
+            raise UserError(f"{self.path} is {found}, not {FORMAT} {VERSION}; update mpifl or convert again")
+        groups, features = self._index["splits"], _text(self._index["features"])
+        self.digest, self.splits = str(header["digest"]), tuple(groups)
+        digests = {name: json.loads(_text(groups[name]["digests"])) for name in self.splits}
+        if content_digest(features, digests) != self.digest:
+            raise damaged(self.path / INDEX, "its features or digests are not those that it was written with")
+        self.features = {name: Feature(**spec) for name, spec in json.loads(features).items()}
+        self.provenance = json.loads(_text(self._index["provenance"]))
+        self._splits = {name: _Split(self.path, groups[name], digests[name], self.features) for name in self.splits}
 
     @property
     def clients(self) -> int:
         """Number of clients of split "train"."""
-        return int(self._split("train").first[-1])
-
-    @cached_property
-    def digest(self) -> str:
-        """Sha256 (hex) of the index, sizes of files aside: HDF5 versions may differ in those."""
-        header = [self._index.attrs["features"], self._index.attrs["provenance"]]
-        for name, split in self._splits.items():
-            shards = [(shard["file"], shard["first"], shard["digest"]) for shard in split.shards]
-            header.append([name, split.central, shards])
-        sha = hashlib.sha256(json.dumps(header).encode())
-        for split in self._splits.values():
-            sha.update(split.sizes.tobytes())
-            sha.update(split.ids[:].tobytes())
-        return sha.hexdigest()
+        return self._split("train").first[-1]
 
     def sizes(self, split: str) -> np.ndarray:
         """Rows of each client, (C,) int64, read-only; touches no shard."""
         return self._split(split).sizes
+
+    def ids(self, split: str) -> np.ndarray:
+        """Ids of all clients, (C,) bytes in UTF-8."""
+        return self._split(split).checked("ids")
 
     def client_id(self, split: str, index: int) -> str:
         """Id of the client at `index`."""
@@ -137,18 +88,24 @@ class Dataset:
         mine = self._split(split)
         if split == "train" or mine.central or "train" not in self.splits:
             return split == "train"
-        return np.array_equal(mine.ids[:], self._split("train").ids[:])
+        return mine.digests["ids"] == self._split("train").digests["ids"]
 
     def total(self, split: str) -> int:
         """Number of rows of the split."""
-        return int(self._split(split).bounds[-1])
+        return self._split(split).bounds[-1]
+
+    def shards(self, split: str) -> list[tuple[Path, range]]:
+        """Files of the split and the clients in each."""
+        table = self._split(split)
+        paths = [self.path / shard["file"] for shard in table.shards]
+        return [(path, range(*borders)) for path, *borders in zip(paths, table.first, table.first[1:])]
 
     def client(self, split: str, index: int) -> Columns:
-        """Columns of one client, (n, *shape) each."""
+        """Columns of one client, (n, *shape) each, on 64-byte lines."""
         table = self._split(split)
         if not 0 <= index < table.first[-1]:
             raise IndexError(f"split '{split}' has clients 0 to {table.first[-1] - 1}, not {index}")
-        number = int(np.searchsorted(table.first, index, "right")) - 1
+        number = bisect_right(table.first, index) - 1
         return table.shard(number).client(index - table.first[number])
 
     def rows(self, split: str, start: int, stop: int) -> Columns:
@@ -164,6 +121,15 @@ class Dataset:
             return parts[0]
         empty = {name: np.empty((0, *feature.shape), feature.dtype) for name, feature in self.features.items()}
         return {name: np.concatenate([none, *(part[name] for part in parts)]) for name, none in empty.items()}
+
+    def check(self, split: str, number: int) -> None:
+        """Raise UserError unless the tables of this shard of the split are those that the index was written with."""
+        self._split(split).shard(number)
+
+    def recomputed_digest(self) -> str:
+        """What `digest` must be, computed from the tables of index and shards; reads no column."""
+        splits = {name: split.recomputed_digests() for name, split in self._splits.items()}
+        return content_digest(_text(self._index["features"]), splits)
 
     def close(self) -> None:
         """Close every file."""
@@ -181,95 +147,101 @@ class Dataset:
 class _Split:
     """One split of an open dataset: its tables in the index, and its shards, opened when first touched."""
 
-    def __init__(self, folder: Path, group: h5py.Group, features: dict[str, Feature]) -> None:
-        self.folder, self.features = folder, features
-        self.central, self.shards = bool(group.attrs["central"]), json.loads(group.attrs["shards"])
-        self.ids, self._sizes = group["ids"], group["sizes"]
-        self.first = np.array([*(shard["first"] for shard in self.shards), len(self._sizes)])
+    def __init__(self, folder: Path, group: h5py.Group, digests: dict[str, Any], features: dict[str, Feature]) -> None:
+        self.folder, self.features, self.group, self.digests = folder, features, group, digests
+        self.name = group.name.rpartition("/")[2]
+        self.central, self.shards = digests["central"], json.loads(_text(group["shards"]))
+        self.first = [*(shard["first"] for shard in self.shards), len(group["sizes"])]
         self.opened: dict[int, _Shard] = {}
+        self.opening = Lock()
         for shard in self.shards:
             path = folder / shard["file"]
             found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
             if found != f"{shard['bytes']} bytes":
-                raise _damaged(path, f"this shard is {found}, it was written with {shard['bytes']} bytes")
+                raise damaged(path, f"this shard is {found}, it was written with {shard['bytes']} bytes")
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        sizes = self._sizes[:]
+        sizes = self.checked("sizes")
         sizes.flags.writeable = False
         return sizes
 
     @cached_property
-    def bounds(self) -> np.ndarray:
+    def bounds(self) -> list[int]:
         """First row of each shard, then the number of rows."""
-        return np.cumsum([0, *np.add.reduceat(self.sizes, self.first[:-1])])
+        return np.cumsum([0, *np.add.reduceat(self.sizes, self.first[:-1])]).tolist()
+
+    def checked(self, table: str) -> np.ndarray:
+        """Table "sizes" or "ids" of all clients, if it is the one that the index was written with."""
+        values = self.group[table][:]
+        if self.digests[table] not in ("", tables_digest([values])):
+            raise damaged(self.folder / INDEX, f"its {table} of split '{self.name}' are not those it was written with")
+        return values
 
     def client_id(self, index: int) -> str:
-        return self.ids[index].decode()
+        return self.group["ids"][index].decode()
 
     def shard(self, number: int) -> _Shard:
         if number not in self.opened:
-            self.opened[number] = _Shard(self, number)
+            with self.opening:  # a thread that prefetches reads too
+                if number not in self.opened:
+                    self.opened[number] = _Shard(self, number)
         return self.opened[number]
+
+    def recomputed_digests(self) -> dict[str, Any]:
+        shards = [self.shard(number).columns for number in range(len(self.shards))]
+        crc32 = {name: tables_digest(shard[name].all_crc32() for shard in shards) for name in self.features}
+        sizes, ids = tables_digest([self.sizes]), "" if self.central else tables_digest([self.checked("ids")])
+        return {"central": self.central, "sizes": sizes, "ids": ids, "crc32": crc32}
 
 
 class _Shard:
-    """One open shard: its tables in memory, its columns on disk."""
+    """One open shard: its offsets in memory, its columns on disk."""
 
     def __init__(self, split: _Split, number: int) -> None:
-        entry = split.shards[number]
-        self.path, self.split, self.first = split.folder / entry["file"], split, entry["first"]
-        self.file = _open(self.path)
-        try:
+        self.path, self.first = split.folder / split.shards[number]["file"], split.first[number]
+        self.split, self.file = split, _open(self.path)
+        with _reading(self.file, self.path):
             self.offsets = self.file["offsets"][:]
-            self.columns = {name: self.file[name] for name in split.features}
-            self.crc32 = {name: self.file[f"crc32/{name}"][:] for name in split.features}
-        except KeyError as error:
-            raise _damaged(self.path, f"a table is missing ({error})") from None
-        self._check(split.sizes[self.first : split.first[number + 1]], entry["digest"])
+            check_offsets(self.path, "offsets", self.offsets)
+            self.columns = {
+                name: Column(self.file, name, feature, self.offsets, self.path)
+                for name, feature in split.features.items()
+            }
+            self._check(split.shards[number]["digest"], slice(*split.first[number : number + 2]))
         self.verified = np.zeros(len(self.offsets) - 1, bool)
 
-    def _check(self, sizes: np.ndarray, digest: str) -> None:
-        # h5py clips slices and answers reversed ones with empty arrays: nothing later would notice.
-        if not len(self.offsets) or self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
-            raise _damaged(self.path, "offsets must start at 0 and never decrease")
-        if not np.array_equal(np.diff(self.offsets), sizes):
-            raise _damaged(self.path, "offsets do not give the sizes of clients that the index has")
-        for name, feature in self.split.features.items():
-            column, shape = self.columns[name], (int(self.offsets[-1]), *feature.shape)
-            if column.shape != shape or column.dtype != feature.dtype:
-                found = f"{column.dtype} {column.shape}, not {feature.dtype} {shape}"
-                raise _damaged(self.path, f"column '{name}' is {found}")
-        if tables_digest(self.offsets, self.crc32) != digest:
-            raise _damaged(self.path, "offsets and checksums are not those that the index was written with")
+    def _check(self, digest: str, clients: slice) -> None:
+        if not np.array_equal(np.diff(self.offsets), self.split.sizes[clients]):
+            raise damaged(self.path, "offsets do not give the sizes of clients that the index has")
+        if not _equal(self.file["ids"], self.split.group["ids"], clients):
+            raise damaged(self.path, "its clients are not those that the index has")
+        for column in self.columns.values():
+            column.check()
+        if tables_digest(shard_tables(self.file, self.split.features)) != digest:
+            raise damaged(self.path, "its tables are not those that the index was written with")
 
     def client(self, position: int) -> Columns:
-        return self.rows(self.offsets[position], self.offsets[position + 1])
+        start, stop = self.offsets[position : position + 2].tolist()
+        return self._read(position, position + 1, start, stop)
 
     def rows(self, start: int, stop: int) -> Columns:
         first = int(np.searchsorted(self.offsets, start, "right")) - 1
         last = int(np.searchsorted(self.offsets, stop, "left"))
-        if self.verified[first:last].all():
-            return self._read(start, stop)
-        base, end = self.offsets[first], self.offsets[last]
-        whole = self._read(base, end)
-        self._verify(range(first, last), whole)
-        if (base, end) == (start, stop):
-            return whole
-        return {name: rows[start - base : stop - base].copy() for name, rows in whole.items()}
+        return self._read(first, last, start, stop)
 
-    def _read(self, start: int, stop: int) -> Columns:
-        return {name: column[start:stop] for name, column in self.columns.items()}
-
-    def _verify(self, clients: range, columns: Columns) -> None:
-        bounds = self.offsets[clients.start : clients.stop + 1] - self.offsets[clients.start]
-        for client, start, stop in zip(clients, bounds[:-1], bounds[1:]):
-            for name, rows in columns.items():
-                if not self.verified[client] and zlib.crc32(rows[start:stop]) != self.crc32[name][client]:
-                    owner = self.split.client_id(self.first + client)
-                    problem = f"column '{name}' of client {owner!r} does not match its checksum"
-                    raise _damaged(self.path, problem)
-        self.verified[clients.start : clients.stop] = True
+    def _read(self, first: int, last: int, start: int, stop: int) -> Columns:
+        """Rows [start, stop), which clients [first, last) of the shard own; checked if any of them is new."""
+        if self.verified[first] if last == first + 1 else self.verified[first:last].all():
+            return {name: column.rows(first, last, start, stop) for name, column in self.columns.items()}
+        rows = {}
+        for name, column in self.columns.items():
+            rows[name], wrong = column.checked_rows(first, last, start, stop)
+            if wrong is not None:
+                owner = self.split.client_id(self.first + wrong)
+                raise damaged(self.path, f"column '{name}' of client {owner!r} does not match its checksum")
+        self.verified[first:last] = True
+        return rows
 
 
 def embedded(name: str) -> Path:
@@ -278,13 +250,33 @@ def embedded(name: str) -> Path:
     return here / choice(name, (index.parent.name for index in here.glob(f"*/{INDEX}")), "embedded dataset")
 
 
+@contextmanager
+def _reading(file: h5py.File, path: Path) -> Iterator[None]:
+    """Close the file if a table is not what it should be; UserError naming it."""
+    try:
+        yield
+    except UserError:
+        file.close()
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        file.close()
+        raise damaged(path, f"a table is missing or cannot be read ({error})") from None
+
+
+def _equal(table: h5py.Dataset, other: h5py.Dataset, part: slice, at_once: int = 1 << 16) -> bool:
+    """Whether a table is that part of another one, of which only so much is in memory at a time."""
+    borders, first = [*range(part.start, part.stop, at_once), part.stop], part.start
+    same = (np.array_equal(table[start - first : stop - first], other[start:stop]) for start, stop in pairwise(borders))
+    return len(table) == part.stop - first and all(same)
+
+
+def _text(dataset: h5py.Dataset) -> str:
+    return dataset.asstr()[()]
+
+
 def _open(path: Path) -> h5py.File:
     # A finished dataset never changes and needs no lock, which read-only or parallel file systems may refuse.
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error})") from None
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path}: {problem}; copy it again from where it was made, or convert the dataset again")
+        raise damaged(path, f"cannot be read ({error})") from None

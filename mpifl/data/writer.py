@@ -1,36 +1,55 @@
-"""Writing a dataset: a stream of clients in, a folder of shards out, or nothing that looks finished."""
+"""Writing a dataset: clients in, a folder of shards out, or nothing that looks finished.
+
+Shards are written into a temporary sibling of the target, in pieces: independent parts of a split, by any process.
+The index is then made from what the shards say of themselves, and the folder gets its name.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import math
 import os
 import re
-import secrets
 import shutil
-import zlib
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from mpifl.config import UserError
-from mpifl.data.shard import FORMAT, INDEX, VERSION, Columns, Feature, plain_dtype, tables_digest
+from mpifl.data.clients import derived_features, given_twice
+from mpifl.data.format import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    Columns,
+    Feature,
+    content_digest,
+    features_json,
+    shard_tables,
+    tables_digest,
+)
+from mpifl.data.newfile import cannot_be_written, new_file, sync
+from mpifl.data.pieces import Storage, done_mark, shard_file, write_piece
 
-CENTRAL_ROWS = 512
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-RESERVED = ("offsets", "crc32", "mask", "index", "key")  # tables of a shard, and leaves that batches add
+OURS = re.compile(r"lock|key|index\.h5(\.tmp)?|\w+[.-]\d{5,}(\.\d{5,})?\.(done|h5|h5\.tmp)")
+"""Names in the folder of an unfinished dataset: nothing else is ever removed."""
 
 
 class ShardWriter:
     """Context manager that writes a dataset folder; it appears whole at a successful exit, or not at all.
 
     features: None takes dtypes and shapes from the first client's arrays. provenance: JSON; source, made,
-    command, licence. shard_bytes: a shard is closed before its columns exceed this; a client is never cut in
-    two. Memory: one shard, and about 200 bytes per client. Raises UserError naming split, client and column.
+    command, licence. The rest: see Storage. Memory: one shard, and the ids. Raises UserError naming split, client
+    and column.
     """
 
     def __init__(
@@ -39,190 +58,252 @@ class ShardWriter:
         features: dict[str, Feature] | None = None,
         provenance: dict | None = None,
         shard_bytes: int = 256 << 20,
+        compression: str = "",
+        standardize: str = "",
     ) -> None:
         """Refuse a bad target before any data is read."""
-        self.path = Path(path).resolve()
-        _refuse_existing(self.path)
-        self.features = None if features is None else _checked_features(features)
-        try:
-            self.provenance = json.dumps(provenance or {}, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"provenance must be text, finite numbers, lists, dicts: {error}") from None
-        self.shard_bytes = shard_bytes
-        self._partial = self.path.with_name(f"{self.path.name}.partial-{secrets.token_hex(4)}")
-        self._splits: dict[str, _SplitWriter] = {}
+        self.folder, self.provenance = Unfinished(path), provenance_json(provenance)
+        self._how = (shard_bytes, compression, standardize)
+        self.storage = None if features is None else Storage(features, *self._how)
+        self._splits: dict[str, bool] = {}
+        self._complete = True
 
     def __enter__(self) -> ShardWriter:
         """Begin in a temporary sibling of the target."""
-        self._partial.mkdir(parents=True)
+        self.folder.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Finish, unless an exception is on its way; either way the temporary folder goes."""
         try:
+            if kind is None and not self._complete:
+                raise UserError(f"split '{[*self._splits][-1]}' was not written to its end; {self.folder} is not made")
             if kind is None:
-                self._finish()
+                splits = {split: (1, central) for split, central in self._splits.items()}
+                self.folder.finish(splits, self.storage, self.provenance)
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self.folder.__exit__()
 
     def write(self, split: str, clients: Iterable[tuple[str, Columns]]) -> None:
         """Write a whole split from (client id, columns); columns are (n, *shape), 0 rows allowed."""
         self._add(split, clients, central=False)
 
-    def central(self, split: str, columns: Columns) -> None:
-        """Write a whole split whose rows belong to no client."""
-        self._check(split, "(central)", columns)
-        starts = range(0, len(next(iter(columns.values()))), CENTRAL_ROWS)
-        blocks = ({name: rows[at : at + CENTRAL_ROWS] for name, rows in columns.items()} for at in starts)
-        self._add(split, ((f"block-{i:06d}", block) for i, block in enumerate(blocks)), central=True)
+    def central(self, split: str, columns: Columns | Iterable[Columns]) -> None:
+        """Write a whole split whose rows belong to no client: all at once, or in parts of any length."""
+        parts = [columns] if isinstance(columns, Mapping) else columns
+        self._add(split, (("", part) for part in parts), central=True)
 
     def _add(self, split: str, clients: Iterable[tuple[str, Columns]], central: bool) -> None:
-        if not NAME.fullmatch(split):
-            raise UserError(f"'{split}' cannot name a split; use letters, digits and _, first a letter")
         if split in self._splits:
             raise UserError(f"split '{split}' was written before; write each split with one call")
-        writer = self._splits[split] = _SplitWriter(self._partial, split, central)
-        for client, columns in clients:
-            encoded = _encoded_id(f"split '{split}', client {client!r:.60}", client, writer.ids)
-            self._check(split, client, columns)
-            if writer.pending + sum(rows.nbytes for rows in columns.values()) > self.shard_bytes:
-                writer.end_shard(self.features)
-            writer.add(encoded, columns, self.features)
-        if not writer.ids:
-            raise UserError(f"split '{split}' has no {'rows' if central else 'clients'}; give at least one")
-        writer.end_shard(self.features)
-        writer.complete = True
+        self._splits[split], self._complete = central, False
+        clients = iter(clients)
+        if self.storage is None:
+            first = next(clients, None)
+            if first is None:
+                raise _nothing_in(split, central)
+            clients = chain([first], clients)
+            self.storage = Storage(derived_features(split, *first), *self._how)
+        write_piece(self.folder.folder, split, 0, clients, self.storage, central)
+        self._complete = True
 
-    def _check(self, split: str, client: str, columns: Columns) -> None:
-        where = f"split '{split}', client {client!r}"
-        if not isinstance(columns, Mapping) or not columns:
-            raise UserError(f"{where}: its columns must be a dict of NumPy arrays, not {columns!r:.40}")
-        for name, rows in columns.items():
-            if not _is_column(rows):
-                found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
-                raise UserError(f"{where}, column '{name}': is {found}, not an array of numbers (rows, ...)")
-        if self.features is None:
-            derived = {name: Feature(rows.dtype.name, rows.shape[1:]) for name, rows in columns.items()}
-            self.features = _checked_features(derived)
-        for name in sorted(self.features.keys() ^ columns.keys()):
-            problem = "is missing" if name in self.features else "is one too many"
-            raise UserError(f"{where}, column '{name}': {problem} (expected: {', '.join(self.features)})")
-        length = len(next(iter(columns.values())))
-        for name, feature in self.features.items():
-            if problem := _problem(columns[name], feature, length):
-                raise UserError(f"{where}, column '{name}': {problem}")
 
-    def _finish(self) -> None:
-        if not self._splits:
-            raise UserError(f"nothing was written to {self.path}; a dataset needs at least one client")
-        with h5py.File(self._partial / INDEX, "w") as index:
-            index.attrs["format"], index.attrs["version"] = FORMAT, VERSION
-            features = {name: asdict(feature) for name, feature in self.features.items()}
-            index.attrs["features"] = json.dumps(features, sort_keys=True)
-            index.attrs["provenance"] = self.provenance
-            for split, writer in sorted(self._splits.items()):
-                if not writer.complete:
-                    raise UserError(f"split '{split}' was not written to its end; {self.path} is not made")
-                writer.write_tables(index.create_group(f"splits/{split}"))
-        _sync(self._partial / INDEX)
-        _sync(self._partial)
+class Unfinished:
+    """The temporary sibling NAME.partial of a dataset's folder: shards of pieces, and which pieces are complete.
+
+    key: what the conversion was asked for. Pieces that an interrupted conversion with the same key left there are kept;
+    without a key nothing is. Entered, it belongs to this process alone. Raises UserError naming file or folder.
+    """
+
+    def __init__(self, path: str | os.PathLike, key: str = "") -> None:
+        """Refuse a target that exists."""
+        self.path, self.key = Path(path).resolve(), key
         _refuse_existing(self.path)
-        self._partial.rename(self.path)
-        _sync(self.path.parent)
+        self.folder = self.path.with_name(f"{self.path.name}.partial")
+        self._lock = -1
 
+    def __str__(self) -> str:
+        return str(self.path)
 
-class _SplitWriter:
-    """A split being written: tables of all its clients, and the columns of the shard being filled."""
+    def __enter__(self) -> Unfinished:
+        """Make the folder, or take over what an interrupted conversion left; UserError if that one still runs."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if others := [file.name for file in self.folder.iterdir() if not OURS.fullmatch(file.name)]:
+                raise UserError(f"{self.folder} is where unfinished shards go, but holds '{others[0]}'; move it away")
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+            self._take_lock()
+            self._make_ready()
+        except OSError as error:
+            self._let_go()
+            raise cannot_be_written(self.folder, error) from None
+        except UserError:
+            self._let_go()
+            raise
+        return self
 
-    def __init__(self, folder: Path, split: str, central: bool) -> None:
-        self.folder, self.split, self.central, self.complete = folder, split, central, False
-        self.ids: dict[bytes, None] = {}
-        self.sizes = array("q")
-        self.shards: list[dict] = []
-        self._begin_shard()
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some file systems have no locks
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"{self.path} is being made by another process; wait for it, or end it") from None
 
-    def _begin_shard(self) -> None:
-        self.first, self.pending = len(self.sizes), 0
-        self.columns: dict[str, bytearray] = defaultdict(bytearray)
-        self.crc32: dict[str, list[int]] = defaultdict(list)
-
-    def add(self, client: bytes, columns: Columns, features: dict[str, Feature]) -> None:
-        for name, feature in features.items():
-            raw = columns[name].astype(feature.dtype, copy=False).tobytes()  # byte-swapped becomes native
-            self.crc32[name].append(zlib.crc32(raw))
-            self.columns[name] += raw
-            self.pending += len(raw)
-        self.ids[client] = None
-        self.sizes.append(len(columns[name]))
-
-    def end_shard(self, features: dict[str, Feature]) -> None:
-        if len(self.sizes) == self.first:
+    def _make_ready(self) -> None:
+        key = self.folder / "key"
+        if self.key and key.is_file() and key.read_text() == self.key:
             return
-        path = self.folder / f"{self.split}-{len(self.shards):05d}.h5"
-        offsets = np.cumsum([0, *self.sizes[self.first :]], dtype=np.int64)
-        crc32 = {name: np.array(values, np.uint32) for name, values in self.crc32.items()}
-        with h5py.File(path, "w") as shard:
-            shard["offsets"] = offsets
-            for name, feature in features.items():
-                shard[name] = np.ndarray((offsets[-1], *feature.shape), feature.dtype, self.columns[name])
-                shard[f"crc32/{name}"] = crc32[name]
-        _sync(path)
-        entry = {"file": path.name, "bytes": path.stat().st_size, "first": self.first}
-        self.shards.append(entry | {"digest": tables_digest(offsets, crc32)})
-        self._begin_shard()
+        key.unlink(missing_ok=True)  # first: while pieces go, nothing may say that they can be kept
+        for old in self.folder.iterdir():
+            if old.name != "lock":
+                old.unlink()
+        key.write_text(self.key)
 
-    def write_tables(self, group: h5py.Group) -> None:
-        group.attrs["central"] = self.central
-        group.attrs["shards"] = json.dumps(self.shards)
-        group["sizes"] = np.array(self.sizes, np.int64)
-        group["ids"] = np.array([*self.ids], h5py.string_dtype("utf-8", max(map(len, self.ids))))
+    def __exit__(self, *exception: object) -> None:
+        """Remove the folder unless it has complete pieces that can be kept, then let go of it."""
+        if self._lock >= 0 and not (self.key and any(self.folder.glob("*.done"))):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def has(self, split: str, piece: int) -> bool:
+        """Whether this piece is complete."""
+        return done_mark(self.folder, split, piece).is_file()
+
+    def finish(self, splits: Mapping[str, tuple[int, bool]], storage: Storage | None, provenance: str) -> None:
+        """Number the shards, write the index and give the folder its name.
+
+        splits: name -> number of pieces, and whether it is central.
+        """
+        if storage is None or not splits:
+            raise UserError(f"nothing was written to {self.path}; a dataset needs at least one client")
+        tables = {split: self._collect(split, *kind, storage) for split, kind in sorted(splits.items())}
+        features = features_json(_standardized(storage, tables))
+        with new_file(self.folder / INDEX) as index:
+            index.attrs["format"], index.attrs["version"] = FORMAT, VERSION
+            index["features"], index["provenance"] = features, provenance
+            for split, table in tables.items():
+                table.write(index.create_group(f"splits/{split}"))
+            index.attrs["digest"] = content_digest(features, {s: t.digests for s, t in tables.items()})
+        try:
+            self._give_name(tables)
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from None
+
+    def _give_name(self, tables: Mapping[str, _Tables]) -> None:
+        for leftover in [self.folder / "key", *self.folder.glob("*.done")]:
+            leftover.unlink()  # from here on an interrupted conversion starts again
+        for table in tables.values():
+            table.rename_shards(self.folder)
+        sync(self.folder)
+        _refuse_existing(self.path)
+        self.folder.rename(self.path)
+        (self.path / "lock").unlink()
+        self._let_go()
+        sync(self.path.parent)
+
+    def _collect(self, split: str, pieces: int, central: bool, storage: Storage) -> _Tables:
+        tables = _Tables(split, central)
+        for piece in range(pieces):
+            try:
+                shards = int(done_mark(self.folder, split, piece).read_text())
+                for number in range(shards):
+                    tables.add(shard_file(self.folder, split, piece, number), storage.features)
+            except (OSError, ValueError, KeyError) as error:
+                found = f"piece {piece} of split '{split}' cannot be read again ({error})"
+                raise UserError(f"{self.folder}: {found}; remove the folder and convert again") from None
+        if not tables.paths:
+            raise _nothing_in(split, central)
+        tables.refuse_repeated_ids()
+        return tables
+
+
+class _Tables:
+    """What the index says of a split, gathered from its shards."""
+
+    def __init__(self, split: str, central: bool) -> None:
+        self.split, self.central = split, central
+        self.clients = 0
+        self.paths: list[Path] = []
+        self.shards: list[dict[str, Any]] = []
+        self._sizes: list[np.ndarray] = []
+        self._ids: list[np.ndarray] = []
+        self._crc32: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def add(self, path: Path, features: Mapping[str, Feature]) -> None:
+        with h5py.File(path, "r") as shard:
+            digest = tables_digest(shard_tables(shard, features))
+            self._sizes.append(np.diff(shard["offsets"][:]))
+            self._ids.append(shard["ids"][:])
+            for name in features:
+                self._crc32[name].append(shard[f"crc32/{name}"][:])
+        name = f"{self.split}-{len(self.shards):05d}.h5"
+        self.shards.append({"file": name, "bytes": path.stat().st_size, "first": self.clients, "digest": digest})
+        self.paths.append(path)
+        self.clients += len(self._ids[-1])
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate(self._ids)  # as long as the longest
+
+    @cached_property
+    def digests(self) -> dict[str, Any]:
+        crc32 = {name: tables_digest(parts) for name, parts in self._crc32.items()}
+        ids, sizes = "" if self.central else tables_digest([self.ids]), tables_digest(self._sizes)
+        return {"central": self.central, "sizes": sizes, "ids": ids, "crc32": crc32}
+
+    def refuse_repeated_ids(self) -> None:
+        ids = self.ids
+        if (ids[1:] > ids[:-1]).all():
+            return
+        order = np.sort(ids)
+        if (again := np.flatnonzero(order[1:] == order[:-1])).size:
+            raise given_twice(self.split, order[again[0]])
+
+    def rename_shards(self, folder: Path) -> None:
+        for path, entry in zip(self.paths, self.shards):
+            path.rename(folder / entry["file"])
+
+    def write(self, group: h5py.Group) -> None:
+        ids = self.ids
+        group["shards"], group["digests"] = json.dumps(self.shards), json.dumps(self.digests)
+        group["sizes"] = np.concatenate(self._sizes)
+        group["ids"] = ids.astype(h5py.string_dtype("utf-8", ids.dtype.itemsize))
+
+
+def provenance_json(provenance: dict | None) -> str:
+    """Provenance as JSON text; UserError for what JSON cannot hold."""
+    try:
+        return json.dumps(provenance or {}, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"provenance must be text, finite numbers, lists, dicts: {error}") from None
+
+
+def _standardized(storage: Storage, tables: Mapping[str, _Tables]) -> dict[str, Feature]:
+    if not storage.standardize or "train" not in tables:
+        return storage.features
+    table = f"moments/{storage.standardize}"
+    moments = 0
+    for path in tables["train"].paths:
+        with h5py.File(path, "r") as shard:
+            moments = moments + shard[table][:]
+    scales = [
+        (total / count, math.sqrt(count * squares - total * total) / count or 1.0)
+        for count, total, squares in np.maximum(moments, [1, 0, 0]).tolist()
+    ]
+    mean, std = scales[0] if len(scales) == 1 else zip(*scales)
+    feature = replace(storage.features[storage.standardize], mean=mean, std=std)
+    return {**storage.features, storage.standardize: feature}
+
+
+def _nothing_in(split: str, central: bool) -> UserError:
+    return UserError(f"split '{split}' has no {'rows' if central else 'clients'}; give at least one")
 
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder; remove it or choose another --out")
-
-
-def _is_column(rows: object) -> bool:
-    return isinstance(rows, np.ndarray) and rows.ndim > 0 and 0 not in rows.shape[1:] and plain_dtype(rows.dtype)
-
-
-def _checked_features(features: dict[str, Feature]) -> dict[str, Feature]:
-    for name in features:
-        if not NAME.fullmatch(name) or name in RESERVED:
-            rule = f"use letters, digits and _, first a letter, none of {', '.join(RESERVED)}"
-            raise UserError(f"'{name}' cannot name a column; {rule}")
-    return dict(sorted(features.items()))
-
-
-def _encoded_id(where: str, client: str, taken: dict[bytes, None]) -> bytes:
-    # NUL ends a fixed-length text in HDF5, and the longest id sets the length of all.
-    try:
-        encoded = client.encode()
-    except (AttributeError, UnicodeEncodeError):
-        encoded = b""
-    if not 1 <= len(encoded) <= 255 or 0 in encoded:
-        raise UserError(f"{where}: an id must be text of 1 to 255 bytes, without NUL")
-    if encoded in taken:
-        raise UserError(f"{where}: this id came before; ids are unique within a split")
-    return encoded
-
-
-def _problem(rows: np.ndarray, feature: Feature, length: int) -> str | None:
-    if rows.dtype.name != feature.dtype or rows.shape[1:] != feature.shape:
-        return f"rows are {rows.dtype.name} {rows.shape[1:]}, must be {feature.dtype} {feature.shape}"
-    if len(rows) != length:
-        return f"has {len(rows)} rows, the client's first column has {length}"
-    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        return f"row {np.argwhere(~np.isfinite(rows))[0, 0]} is not finite"
-    if feature.classes is not None and rows.size and not 0 <= rows.min() <= rows.max() < feature.classes:
-        return f"holds {rows.min()} to {rows.max()}, labels must be 0 to {feature.classes - 1}"
-    return None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

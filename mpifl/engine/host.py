@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mpifl.config import choice
-from mpifl.data.batches import Source, batches, blank_columns
+from mpifl.data.batches import batches, blank_columns
+from mpifl.data.source import Source
 from mpifl.engine.clock import Clock
 from mpifl.engine.serial import checked_visit, keep_freed_memory, visit
 from mpifl.engine.store import ClientMemory
@@ -27,7 +28,7 @@ class Ask:
     """One question to one rank: which work, for which of its clients, with what.
 
     work: index into the works. ids: (n,) int64. given: leaves (n, ...). limits: the sum's, (leaves,).
-    clients: size of the whole cohort over all ranks.
+    clients: size of the whole cohort over all ranks. ahead: (m,) int64 clients that this rank will host next round.
     """
 
     work: int
@@ -38,6 +39,7 @@ class Ask:
     clients: int
     given: Tree = field(default_factory=dict)
     attempt: int = 0
+    ahead: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class Host:
@@ -94,6 +96,8 @@ class Host:
         self._turn(ask)
         self.clock.round = ask.round
         work = self.works[ask.work]
+        if work.batches.of == "client":
+            self.source.prefetch(work.batches, ask.ahead)
         wire = self.wire(ask.work, ask.shared, one_row(ask.given))
         total = Accumulator(wire, ask.limits, ask.clients, self.rank)
         shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))

@@ -1,0 +1,56 @@
+"""What a converter promises: the columns, where they come from, and splits in pieces that any process can read.
+
+A converter module has a docstring (its first line is its summary; the rest says which files to put where, and
+where they come from), `add_arguments(parser)`, and `prepare(options) -> Conversion`, which looks at the source
+and refuses what it cannot use. `write` then does the rest, on all cores, the same way for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mpifl.data.shard import Columns, Feature
+
+PIECE_BYTES = 32 << 20
+MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split to be written: `read(piece)` yields (client id, columns) of one piece, pieces in order.
+
+    pieces: independent parts of the split, in its order; each ends up in shards of its own, wherever it is read.
+    read: a module's function, or a functools.partial of one, as it travels to other processes with its arguments; the
+    same for pieces. central: the rows belong to no client (ids are then ignored). clients: how many there will
+    be, for the progress bar; 0: not known.
+    """
+
+    name: str
+    pieces: Sequence[Any]
+    read: Callable[[Any], Iterable[tuple[str, Columns]]]
+    central: bool = False
+    clients: int = 0
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything there is to know before reading: columns, splits, and provenance (source, made, licence).
+
+    standardize: a uint8 column that is given the mean and std of what split "train" holds, per channel (the first
+    axis of three) or over all pixels.
+    """
+
+    features: dict[str, Feature]
+    splits: tuple[Split, ...]
+    provenance: dict[str, str]
+    standardize: str | None = None
+
+
+def ranges(count: int, source_bytes: int) -> list[range]:
+    """Cut 0 .. count - 1 into consecutive ranges, about 32 MiB of the source each, at most 64 of them."""
+    pieces = max(1, min(count, MOST_PIECES, source_bytes // PIECE_BYTES))
+    borders = [count * number // pieces for number in range(pieces + 1)]
+    return [range(start, stop) for start, stop in pairwise(borders)]

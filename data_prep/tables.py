@@ -1,0 +1,104 @@
+"""Tables with a row per example: CSV, Parquet or NPZ files, with or without a column that says whose a row is.
+
+What to put where: --source is a file (.csv, .csv.gz, .parquet, .npz: an array per column) or a folder of such files,
+read in order of name; --test is another one, for the central split "test". Each value of --client-column becomes a
+client, or another --partition shares the rows out. The columns of numbers (or --columns, in that order) become x,
+float32 (n, F), or with --separate columns of their own in the dtype they have (CSV: float32). --label-column becomes
+y: whole numbers and text are classes, numbered in order; other numbers stay what they are. Ids and labels are kept
+in memory, and one copy of the rest per process on disk, in TMPDIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import corpus, partition, table_files
+from data_prep.conversion import Conversion
+from data_prep.labels import label_column, numbered
+from mpifl.config import UserError, choice
+from mpifl.data.shard import Columns, Feature
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the table is, what its columns are, and how to share its rows out."""
+    parser.add_argument("--source", required=True, type=Path, metavar="PATH", help="file, or folder of files")
+    parser.add_argument("--test", type=Path, metavar="PATH", help="the same with the rows of the central split test")
+    parser.add_argument("--client-column", metavar="NAME", help="column of client ids, for --partition by-column")
+    parser.add_argument("--label-column", metavar="NAME", help="column that becomes y")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns to take (default: all of numbers)")
+    parser.add_argument("--separate", action="store_true", help="keep columns apart instead of joining them to x")
+    corpus.add_arguments(parser)
+    partition.add_arguments(parser, default="by-column")
+
+
+def prepare(options: argparse.Namespace) -> Conversion:
+    """Look at the columns, and read ids and labels."""
+    client, label = options.client_column, options.label_column
+    if options.partition == "by-column" and client is None:
+        raise UserError("give --client-column, the column of client ids, or another --partition, e.g. iid")
+    paths = table_files.files(options.source)
+    dtype = _record(paths[0], options)
+    known = table_files.values(paths, [name for name in dict.fromkeys((client, label)) if name])
+    features = {name: Feature(dtype[name].base.name, dtype[name].shape) for name in dtype.names}
+    if not options.separate:
+        features = {"x": Feature("float32", (len(dtype.names),))}
+    target = None
+    if label is not None:
+        target = features["y"] = label_column(known[label])
+    train = _rows(paths, dtype, options.separate, target, label and known[label])
+    central = {}
+    if options.test:
+        paths = table_files.files(options.test)
+        values = table_files.values(paths, [label])[label] if label else None
+        central["test"] = _rows(paths, dtype, options.separate, target, values)
+    made = f"{'columns' if options.separate else 'x of columns'} {', '.join(dtype.names)}"
+    return Conversion(
+        features=features,
+        splits=corpus.splits(options, train._replace(groups=known.get(client)), central),
+        provenance=corpus.provenance(options, made + (f"; y of {label}" if label else "")),
+    )
+
+
+def _record(path: Path, options: argparse.Namespace) -> np.dtype:
+    """Return the columns to take as one record: their names, dtypes, and shapes of a row."""
+    found = table_files.schema(path)
+    special = {options.client_column, options.label_column}
+    names = options.columns or [name for name, dtype in found.items() if dtype is not None and name not in special]
+    for name in names:
+        choice(name, found, f"column of {path.name}")
+        if found[name] is None:
+            raise UserError(f"{path}: column '{name}' is not of numbers; leave it out of --columns, or number it first")
+        if found[name].shape and not options.separate:
+            raise UserError(f"{path}: rows of column '{name}' are {found[name].shape}; keep it apart with --separate")
+        if name == "y" and options.separate and options.label_column:
+            raise UserError(f"{path}: column 'y' and --label-column {options.label_column} would both be y; rename one")
+    if not names:
+        raise UserError(f"{path}: has no column of numbers beside ids and labels, only {', '.join(found)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"--columns {' '.join(names)}: name each column once")
+    return np.dtype([(name, found[name] if options.separate else np.float32) for name in names])
+
+
+def _rows(
+    paths: tuple[Path, ...], dtype: np.dtype, separate: bool, target: Feature | None, values: np.ndarray | None
+) -> corpus.Rows:
+    read = partial(_read, paths, dtype, separate, target is not None)
+    count = len(table_files.records(paths, dtype))
+    if target is None:
+        return corpus.Rows(np.arange(count), read, dtype.itemsize)
+    where = np.empty(count, [("row", np.int64), ("y", target.dtype)])
+    where["row"], where["y"] = np.arange(count), numbered(values, target, str(paths[0]))
+    return corpus.Rows(where, read, dtype.itemsize, labels=where["y"] if target.classes else None)
+
+
+def _read(paths: tuple[Path, ...], dtype: np.dtype, separate: bool, labelled: bool, where: np.ndarray) -> Columns:
+    rows = table_files.records(paths, dtype)[where["row"] if labelled else where]
+    if separate:
+        columns = {name: np.ascontiguousarray(rows[name]) for name in dtype.names}
+    else:
+        columns = {"x": rows.view(np.float32).reshape(len(rows), len(dtype.names))}
+    return columns | ({"y": where["y"].copy()} if labelled else {})

@@ -1,0 +1,163 @@
+"""From a Conversion to a dataset: pieces written by all cores, or by all ranks under mpirun, and resumed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.conversion import Conversion, Split
+from mpifl.comm import Alone, World
+from mpifl.config import UserError
+from mpifl.data.pieces import Storage, write_piece
+from mpifl.data.writer import Unfinished, provenance_json
+from mpifl.launch import agree
+
+Task = tuple[Split, int]
+"""A split and the number of one of its pieces."""
+
+DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def write(
+    conversion: Conversion, out: Path, storage: Storage, jobs: int, key: str, comm: World | Alone | None = None
+) -> None:
+    """Write the dataset folder `out`, which appears whole or not at all.
+
+    jobs: processes that write pieces. key: what was asked for, in words: complete pieces that an interrupted conversion
+    with the same key left in `out`.partial are kept. Under mpirun each rank writes its share of the pieces.
+    """
+    comm = comm or Alone()
+    provenance = provenance_json(conversion.provenance)
+    folder = agree(comm, lambda: Unfinished(out, key))
+    pieces = [(split, number) for split in conversion.splits for number in range(len(split.pieces))]
+    agree(comm, lambda: folder.__enter__() if comm.rank == 0 else None)
+    try:
+        kept = np.array([comm.rank == 0 and folder.has(split.name, number) for split, number in pieces], np.uint8)
+        comm.bcast(kept)  # all ranks share out the same pieces, though some are ahead
+        todo = [piece for piece, done in zip(pieces, kept) if not done]
+        progress = Progress(conversion, int(kept.sum()), comm.rank)
+        agree(comm, lambda: _write_all(folder.folder, todo[comm.rank :: comm.size], storage, jobs, progress))
+        splits = {split.name: (len(split.pieces), split.central) for split in conversion.splits}
+        agree(comm, lambda: folder.finish(splits, storage, provenance) if comm.rank == 0 else None)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"; the same command goes on from what is in {folder.folder}") from None
+    finally:
+        folder.__exit__()
+
+
+def key_of(arguments: Sequence[str], sources: Sequence[Path]) -> str:
+    """What a conversion was asked for: its arguments, and size and age of every file of its sources."""
+    files = [file for source in sources for file in (sorted(source.rglob("*")) if source.is_dir() else [source])]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return json.dumps([list(arguments), stats])
+
+
+def _write_all(folder: Path, tasks: list[Task], storage: Storage, jobs: int, progress: Progress) -> None:
+    """Write these pieces: in a pool, or here if one process is asked for or all splits are small: a piece each."""
+    if jobs == 1 or all(len(split.pieces) == 1 for split, _ in tasks):
+        for split, piece in tasks:
+            _write_one(folder, split, piece, storage, progress.add)
+    else:
+        _write_in_pool(folder, tasks, storage, min(jobs, len(tasks)), progress)
+    progress.end()
+
+
+def _write_one(folder: Path, split: Split, piece: int, storage: Storage, tell: Any) -> None:
+    write_piece(folder, split.name, piece, split.read(split.pieces[piece]), storage, split.central, tell)
+
+
+def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int, progress: Progress) -> None:
+    # Not by fork: a copy of a process with threads, or with HDF5 files open, may hang.
+    spawn = multiprocessing.get_context("spawn")
+    count, others = spawn.Value("q", 0), set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (count, os.getpid()))
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this: Ctrl-C is for us
+        futures = [pool.submit(_work, folder, split, piece, storage) for split, piece in tasks]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while (left := wait(futures, 0.2, FIRST_EXCEPTION)).not_done and not _failed(left.done):
+            progress.show(count.value)
+        for future in left.done:
+            future.result()
+    except BrokenProcessPool:
+        raise UserError("a process was killed while it converted, perhaps for lack of memory; lower --jobs") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        workers = set(multiprocessing.active_children()) - others
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()  # what they leave behind is ours from here on
+
+
+def _failed(futures: set[Future]) -> bool:
+    return any(future.exception() for future in futures)
+
+
+def _begin_worker(count: Any, parent: int) -> None:
+    """A worker ends with the process that started it, however that ends."""
+    global _count
+    _count = count
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it ended before this one was asked to notice
+
+
+def _work(folder: Path, split: Split, piece: int, storage: Storage) -> None:
+    def tell(clients: int) -> None:
+        with _count.get_lock():
+            _count.value += clients
+
+    _write_one(folder, split, piece, storage, tell)
+
+
+class Progress:
+    """Clients so far, on stderr: a line that changes on a terminal, elsewhere one every ten seconds."""
+
+    def __init__(self, conversion: Conversion, kept: int, rank: int) -> None:
+        self.total = sum(split.clients for split in conversion.splits)
+        self.terminal, self.silent = sys.stderr.isatty(), rank > 0
+        self.clients = 0
+        self.began = self.shown = time.monotonic()
+        if kept and not self.silent:
+            print(f"{kept} pieces of an interrupted conversion are kept", file=sys.stderr)
+
+    def add(self, clients: int) -> None:
+        """Count clients just written."""
+        self.show(self.clients + clients)
+
+    def show(self, clients: int) -> None:
+        """Tell of so many clients in all, unless it was done a moment ago."""
+        self.clients = clients
+        now = time.monotonic()
+        if self.silent or now - self.shown < (0.2 if self.terminal else 10.0):
+            return
+        self.shown = now
+        of = f" of {self.total:,}" if self.total else ""
+        text = f"{clients:,}{of} clients, {now - self.began:.0f} s"
+        print(
+            f"\r{text}\033[K" if self.terminal else text, end="" if self.terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def end(self) -> None:
+        """Remove the line."""
+        if self.terminal and not self.silent:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

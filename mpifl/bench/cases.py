@@ -1,0 +1,34 @@
+"""What the families of benchmarks share: a case, and contestants that take turns."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+Case = dict[str, Any]
+"""A row of a table and a line of JSON: `case` says what was measured, the other names carry their units."""
+
+
+def medians(repeats: int, *contestants: Callable[[], Any]) -> list[float]:
+    """Median CPU seconds of each, run in turn (A B A B ...), after one run that does not count.
+
+    So a slow minute of the machine hits all of them, and other processes cost less than they would by the wall's clock.
+    """
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for repeat in range(repeats + 1):
+        for run, spent in zip(contestants, seconds):
+            began = time.process_time()
+            run()
+            if repeat:
+                spent.append(time.process_time() - began)
+    return [median(spent) for spent in seconds]
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for an ArgumentParser."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,73 @@
+"""Jobs trained in processes of their own, and what their run folders say of time and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mpifl.config import Table, UserError, to_toml
+
+HOSTS = 2
+# More ranks than cores, as root or not. What the user has set wins.
+_MPI_SETTINGS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run's folder says: its summary, and a record of each round."""
+
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+
+    def host_seconds(self, phase: str) -> float:
+        """Seconds that hosts spent in a phase in a round, all hosts together; the first round is left out."""
+        later = self.rounds[1:]
+        return sum(record["host_seconds"][phase] for record in later) / len(later)
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of a round, without evaluation; the first round is left out."""
+        later = self.rounds[1:]
+        return sum(record["seconds"]["total"] - record["seconds"].get("evaluate", 0.0) for record in later) / len(later)
+
+
+def trained(job: Table) -> Trained:
+    """Train a job, as a server and two hosts if there is an mpirun, else in one process.
+
+    Raises UserError with what it said when it fails.
+    """
+    launcher = [mpirun(), "-n", str(1 + HOSTS)] if mpirun() else []
+    with TemporaryDirectory() as folder:
+        file, out = Path(folder, "job.toml"), Path(folder, "out")
+        file.write_text(to_toml(job | {"run": job.get("run", {}) | {"out": str(out)}}))
+        command = [*launcher, sys.executable, "-m", "mpifl.train", str(file), "--quiet"]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return Trained(json.loads((out / "summary.json").read_text()), [json.loads(line) for line in lines])
+
+
+def mpirun() -> str | None:
+    """The mpirun of this environment."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what a launcher told it, as launchers do not nest."""
+    launched = ("PMI", "PMIX", "OMPI_COMM", "MPI_", "HYDRA", "PRTE_LAUNCHED")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    return _MPI_SETTINGS | own

@@ -1,0 +1,285 @@
+"""Converting with many processes or ranks, interrupted for real: the same bytes, or nothing that looks finished."""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Job
+from noise import PIECES
+
+from data_prep.__main__ import main
+from data_prep.reshard import cut
+from mpifl import run
+from mpifl.data.shard import Dataset, embedded
+
+TESTS = Path(__file__).parent
+ENV = {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+CODE = "import noise; noise.run()"
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".h5"}
+
+
+def words(out, *options, jobs=2):
+    return ["-c", CODE, "--out", str(out), "--shard-mb", "1", "--jobs", str(jobs), *map(str, options)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What an undisturbed conversion writes: name -> bytes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = Job(None, words(folder / "out", jobs=1), folder, ENV)
+    assert job.wait(60) and job.process.returncode == 0, job.text("stderr")
+    job.end()
+    found = bytes_of(folder / "out")
+    assert len(found) == 2 * PIECES + 2  # two shards of each piece, one of the central split, and the index
+    return found
+
+
+@contextmanager
+def held(tmp_path, *options, jobs=2, first=3):
+    """A conversion whose pieces from `first` on wait half done; all before are complete."""
+    hold = tmp_path / "hold"
+    hold.touch()
+    (tmp_path / "log").mkdir(exist_ok=True)
+    environment = ENV | {"NOISE_HOLD": str(hold), "NOISE_FROM": str(first)}
+    job = Job(None, words(tmp_path / "out", *options, jobs=jobs), tmp_path / "log", environment)
+    try:
+        while len(waiting(tmp_path)) < min(jobs, PIECES - first):
+            assert job.process.poll() is None and job.seconds < 60, job.text("stderr")
+            time.sleep(0.01)
+        yield job
+    finally:
+        hold.unlink(missing_ok=True)
+        job.end()
+        for file in tmp_path.glob("hold.*"):
+            file.unlink()
+
+
+def waiting(tmp_path):
+    """Process -> the piece that it waits in."""
+    return {int(path.read_text() or 0): path.suffix for path in tmp_path.glob("hold.*")}
+
+
+def gone(job, seconds=5.0):
+    """Whether no process of the job is left, soon."""
+    end = time.monotonic() + seconds
+    while job.processes() and time.monotonic() < end:
+        job.process.poll()
+        time.sleep(0.01)
+    return not job.processes()
+
+
+def converted(launch, tmp_path, *options, jobs=2, ranks=None):
+    done = launch(ranks, *words(tmp_path / "out", *options, jobs=jobs), env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+    assert not {"lock", "key"} & {path.name for path in (tmp_path / "out").iterdir()}
+    return done
+
+
+def kept_pieces(tmp_path):
+    """Shards of complete pieces in the unfinished folder: by inode, as they will have other names."""
+    partial = tmp_path / "out.partial"
+    marks = [path.stem for path in partial.glob("*.done")]
+    return len(marks), {path.stat().st_ino for mark in marks for path in partial.glob(f"{mark}.*.h5")}
+
+
+def shards_of(tmp_path):
+    return {path.stat().st_ino for path in (tmp_path / "out").glob("*-*.h5")}
+
+
+def nothing_looks_finished(tmp_path):
+    return not (tmp_path / "out").exists() and not (tmp_path / "out.partial" / "index.h5").exists()
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(("ranks", "jobs"), [(None, 2), (3, 1)])
+def test_processes_and_ranks_write_the_same_bytes(launch, tmp_path, undisturbed, ranks, jobs):
+    converted(launch, tmp_path, jobs=jobs, ranks=ranks)
+    assert bytes_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.launches
+def test_killed_conversion_goes_on_from_its_complete_pieces(launch, tmp_path, undisturbed):
+    with held(tmp_path) as job:
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert gone(job)  # no worker writes on, though both wait in a piece
+        assert nothing_looks_finished(tmp_path)
+    count, shards = kept_pieces(tmp_path)
+    assert (count, len(shards)) == (3, 6)
+    assert len(list((tmp_path / "out.partial").glob("train.0000[34].*.h5"))) == 2  # half of two more
+    done = converted(launch, tmp_path)
+    assert done.stderr.startswith("3 pieces of an interrupted conversion are kept\n")
+    assert shards < shards_of(tmp_path)
+    assert bytes_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.launches
+def test_killed_worker_ends_the_conversion_with_a_message_and_keeps_pieces(launch, tmp_path, undisturbed):
+    with held(tmp_path) as job:
+        os.kill(min(waiting(tmp_path)), signal.SIGKILL)
+        assert job.wait(10) and job.process.returncode == 2
+        said = job.text("stderr")
+        assert "a process was killed while it converted" in said and "--jobs" in said and said.count("\n") == 1
+        assert gone(job) and nothing_looks_finished(tmp_path)
+    count, shards = kept_pieces(tmp_path)
+    assert count == 3
+    converted(launch, tmp_path, jobs=1)  # in another number of processes
+    assert shards < shards_of(tmp_path) and bytes_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(
+    ("number", "jobs", "status", "says"),
+    [(signal.SIGTERM, 2, 143, "terminated"), (signal.SIGINT, 2, 130, "interrupted"), (signal.SIGTERM, 1, 143, "term")],
+)
+def test_signal_ends_the_conversion_in_one_line_and_keeps_pieces(tmp_path, number, jobs, status, says):
+    with held(tmp_path, jobs=jobs) as job:
+        # Ctrl-C goes to all processes of the terminal.
+        os.killpg(job.process.pid, number) if number == signal.SIGINT else os.kill(job.process.pid, number)
+        assert job.wait(10) and job.process.returncode == status
+        said = job.text("stderr")
+        assert said.startswith(f"mpifl: {says}") and said.count("\n") == 1
+        assert f"; the same command goes on from what is in {tmp_path / 'out.partial'}\n" in said
+        assert gone(job) and nothing_looks_finished(tmp_path)
+    assert kept_pieces(tmp_path)[0] == 3
+
+
+@pytest.mark.launches
+def test_interrupted_before_any_piece_is_complete_leaves_nothing(tmp_path):
+    with held(tmp_path, first=0) as job:
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.wait(10) and gone(job)
+        assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.launches
+def test_other_options_start_afresh(launch, tmp_path, undisturbed):
+    with held(tmp_path, "--seed", 1) as job:
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert gone(job)
+    done = converted(launch, tmp_path)
+    assert "kept" not in done.stderr and bytes_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.launches
+def test_second_conversion_into_the_same_folder_is_refused(launch, tmp_path, undisturbed):
+    with held(tmp_path) as job:
+        before = sorted((path.name, path.stat().st_size) for path in (tmp_path / "out.partial").iterdir())
+        for ranks in (None, 2):
+            second = launch(ranks, *words(tmp_path / "out", "--seed", 1), env=ENV)
+            said = f"mpifl: {tmp_path / 'out'} is being made by another process; wait for it, or end it\n"
+            assert (second.returncode, second.stderr) == (2, said)
+        assert before == sorted((path.name, path.stat().st_size) for path in (tmp_path / "out.partial").iterdir())
+        (tmp_path / "hold").unlink()
+        assert job.wait(30) and job.process.returncode == 0
+    assert bytes_of(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(("ranks", "jobs"), [(None, 2), (2, 1)])
+def test_bad_value_in_a_piece_is_one_line_and_other_pieces_are_kept(launch, tmp_path, ranks, jobs):
+    done = launch(ranks, *words(tmp_path / "out", "--fail", 4, jobs=jobs), env=ENV)
+    said = "mpifl: split 'train', client 'client-4-2', column 'y': row 1 holds 10, labels must be 0 to 9\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert nothing_looks_finished(tmp_path) and 4 <= kept_pieces(tmp_path)[0] <= PIECES
+
+
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+import noise; noise.run()
+"""
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(
+    ("limit", "compression", "jobs"),
+    [(5000, "", 1), (500_000, "", 2), (500_000, "gzip", 1)],  # full from the start; in the middle of the first shard
+)
+def test_full_disk_is_one_line_that_names_the_file(tmp_path, limit, compression, jobs):
+    (tmp_path / "log").mkdir()
+    argv = ["-c", FULL.format(limit=limit), *words(tmp_path / "out", jobs=jobs)[2:], "--compression", compression]
+    job = Job(None, argv, tmp_path / "log", ENV)
+    assert job.wait(30) and gone(job)
+    job.end()
+    said = job.text("stderr")
+    assert (job.process.returncode, said.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'out.partial' / 'train.0000'}" in said and "cannot be written: File too large" in said
+    assert list(tmp_path.glob("out*")) == []
+
+
+# ---- reshard
+
+
+@pytest.mark.parametrize("shards", [1, 3, 20])
+def test_reshard_keeps_clients_their_order_and_the_digest(tmp_path, shards, capsys):
+    arguments = [str(embedded("digits")), "--out", str(tmp_path / "d"), "--shards", str(shards), "--jobs", "1"]
+    assert main(["reshard", *arguments, "--compression", "gzip"]) == 0
+    assert f"train {shards})" in capsys.readouterr().out
+    source, made = Dataset(embedded("digits")), Dataset(tmp_path / "d")
+    assert made.digest == source.digest == made.recomputed_digest()
+    assert (len(made.shards("train")), made.provenance) == (shards, source.provenance)
+    assert made.ids("train").tolist() == source.ids("train").tolist()
+    for index in range(100):
+        expected = source.client("train", index)
+        assert all((made.client("train", index)[name] == rows).all() for name, rows in expected.items())
+    sizes = [sum(made.sizes("train")[clients]) for _, clients in made.shards("train")]
+    assert all(abs(size - 1437 / shards) <= 15 for size in sizes)  # the largest client
+    source.close()
+    made.close()
+
+
+def test_training_gives_the_same_digest_on_other_shards(tmp_path):
+    arguments = [str(embedded("digits")), "--out", str(tmp_path / "d"), "--shards", "4", "--jobs", "1"]
+    assert main(["reshard", *arguments]) == 0
+    digests = set()
+    for name, path in (("a", "digits"), ("b", str(tmp_path / "d"))):
+        job = {
+            "rounds": 3,
+            "cohort": 10,
+            "data": {"path": path},
+            "model": {"name": "mlp"},
+            "algorithm": {"name": "fedavg", "batches": {"size": 4}},
+            "run": {"out": str(tmp_path / name), "eval_every": 3},
+        }
+        digests.add(run(job)["digest"])
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--shards", "0"], "both must be at least 1"),
+        (["--shards", "2", "--jobs", "0"], "both must be at least 1"),
+        (["--shards", "2", "--compression", "zip"], "zip"),
+        ([], "--shards"),
+    ],
+)
+def test_reshard_refuses_the_impossible(tmp_path, capsys, options, problem):
+    assert main(["reshard", str(embedded("digits")), "--out", str(tmp_path / "d"), *options]) == 2
+    said = capsys.readouterr().err
+    assert problem in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_shards_that_memory_would_not_hold_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_prep.reshard.LARGEST_SHARD", 1437 * 65 / 3.5)
+    arguments = ["reshard", str(embedded("digits")), "--out", str(tmp_path / "d"), "--jobs", "1", "--shards"]
+    assert main([*arguments, "2"]) == 2
+    assert "ask for at least 4" in capsys.readouterr().err
+    assert main([*arguments, "4"]) == 0
+
+
+@pytest.mark.parametrize("sizes", [[3], [0, 0, 0, 0], [5, 1, 1, 1, 9, 0, 0, 2], [1] * 50])
+@pytest.mark.parametrize("shards", [1, 2, 3, 8, 60])
+def test_cut_gives_every_client_once_in_order(sizes, shards):
+    parts = cut(np.array(sizes), shards)
+    assert [client for part in parts for client in part] == list(range(len(sizes)))
+    assert len(parts) == min(shards, len(sizes)) and all(parts)
