@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def write(
         splits = {split.name: (len(split.pieces), split.central) for split in conversion.splits}
         agree(comm, lambda: folder.finish(splits, storage, provenance) if comm.rank == 0 else None)
     except KeyboardInterrupt as stop:
-        raise type(stop)(f"; the same command goes on from what is in {folder.folder}") from None
+        kept = f"; the same command goes on from what is in {folder.folder}" if folder.keeps() else ""
+        raise type(stop)(kept) from None
     finally:
         folder.__exit__()
 
@@ -68,14 +71,14 @@ def _write_all(folder: Path, tasks: list[Task], storage: Storage, jobs: int, pro
     """Write these pieces: in a pool, or here if one process is asked for or all splits are small: a piece each."""
     if jobs == 1 or all(len(split.pieces) == 1 for split, _ in tasks):
         for split, piece in tasks:
-            _write_one(folder, split, piece, storage, progress.add)
+            _write_one(folder, split, piece, split.pieces[piece], storage, progress.add)
     else:
         _write_in_pool(folder, tasks, storage, min(jobs, len(tasks)), progress)
     progress.end()
 
 
-def _write_one(folder: Path, split: Split, piece: int, storage: Storage, tell: Any) -> None:
-    write_piece(folder, split.name, piece, split.read(split.pieces[piece]), storage, split.central, tell)
+def _write_one(folder: Path, split: Split, number: int, piece: Any, storage: Storage, tell: Any) -> None:
+    write_piece(folder, split.name, number, split.read(piece), storage, split.central, tell)
 
 
 def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int, progress: Progress) -> None:
@@ -84,9 +87,11 @@ def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int,
     count, others = spawn.Value("q", 0), set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (count, os.getpid()))
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this: Ctrl-C is for us
-        futures = [pool.submit(_work, folder, split, piece, storage) for split, piece in tasks]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with _ctrl_c_blocked():  # workers inherit this: it is for us to end them
+            futures = [
+                pool.submit(_work, folder, replace(split, pieces=()), number, split.pieces[number], storage)
+                for split, number in tasks
+            ]
         while (left := wait(futures, 0.2, FIRST_EXCEPTION)).not_done and not _failed(left.done):
             progress.show(count.value)
         for future in left.done:
@@ -100,6 +105,15 @@ def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int,
             worker.kill()
         for worker in workers:
             worker.join()  # what they leave behind is ours from here on
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _failed(futures: set[Future]) -> bool:
@@ -116,12 +130,12 @@ def _begin_worker(count: Any, parent: int) -> None:
             os._exit(1)  # it ended before this one was asked to notice
 
 
-def _work(folder: Path, split: Split, piece: int, storage: Storage) -> None:
+def _work(folder: Path, split: Split, number: int, piece: Any, storage: Storage) -> None:
     def tell(clients: int) -> None:
         with _count.get_lock():
             _count.value += clients
 
-    _write_one(folder, split, piece, storage, tell)
+    _write_one(folder, split, number, piece, storage, tell)
 
 
 class Progress:

@@ -28,6 +28,19 @@ def test_nobody_who_can_train_is_refused_before_training(tmp_path):
         mpifl.run(table)
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 100])
+def test_population_counts_clients_with_a_batch_and_the_examples_they_use_however_many_are_looked_at(
+    tmp_path, monkeypatch, at_once
+):
+    monkeypatch.setattr("mpifl.session._AT_ONCE", at_once)
+    batches = {"size": 4, "drop_last": True, "max_examples": 7}
+    session = Session.open(load(job(tmp_path, algorithm={"name": "fedavg", "batches": batches})), Alone(), Clock())
+    able = [n for n in session.parts.dataset.sizes("train").tolist() if n >= 4]
+    assert 0 < len(able) < session.parts.dataset.clients and max(able) > 7
+    assert session.population == (len(able), sum(min(n, 7) for n in able))
+    session.close()
+
+
 def test_round_without_a_batch_is_reported_and_changes_nothing(tmp_path):
     table = job(tmp_path, cohort=1, rounds=40, algorithm={"name": "fedavg", "batches": {"size": 13, "drop_last": True}})
     summary = mpifl.run(table)

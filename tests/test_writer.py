@@ -6,6 +6,7 @@ import zlib
 from contextlib import closing, suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,9 +16,9 @@ from shard_files import SIZES, arrays, assert_same, clients, concatenated, flip_
 from data_prep.conversion import Conversion, Split
 from data_prep.writing import write
 from mpifl.config import UserError
-from mpifl.data.pieces import COMPRESSIONS, PLUGINS, Storage
+from mpifl.data.pieces import COMPRESSIONS, PLUGINS, Storage, write_piece
 from mpifl.data.shard import Dataset, Feature
-from mpifl.data.writer import ShardWriter
+from mpifl.data.writer import ShardWriter, Unfinished
 
 FEATURES = {
     "t": Feature("uint8", (6,), classes=90, pad=0),
@@ -569,3 +570,64 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path, open_dataset):
     assert open_dataset(tmp_path / "d").clients == len(SIZES)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["index.h5", "train-00000.h5"]
+
+
+# ---- pieces, kept
+
+
+def some_pieces(folder, key, numbers, shard_bytes=80):
+    """Write pieces of one client each, and leave it at that."""
+    with Unfinished(folder, key) as unfinished:
+        for number in numbers:
+            held = [(f"c{number}-{i}", arrays(3, seed=number)) for i in range(2)]
+            write_piece(unfinished.folder, "train", number, held, Storage(FEATURES, shard_bytes))
+    return unfinished
+
+
+@pytest.mark.parametrize(("key", "kept"), [("same", True), ("other", False), ("", False)])
+def test_complete_pieces_are_kept_for_the_same_key_alone(tmp_path, key, kept):
+    some_pieces(tmp_path / "d", "same", [0, 2])
+    names = {path.name for path in (tmp_path / "d.partial").iterdir()}
+    with Unfinished(tmp_path / "d", key) as unfinished:
+        assert [unfinished.has("train", number) for number in range(3)] == [kept, False, kept]
+        left = {path.name for path in unfinished.folder.iterdir()}
+        assert left == names if kept else left == {"lock", "key"}
+    assert (tmp_path / "d.partial").exists() == kept
+
+
+def test_folder_half_cleared_for_another_key_keeps_nothing_for_the_old_one(tmp_path, monkeypatch):
+    some_pieces(tmp_path / "d", "old", range(4))
+    removed, unlink = [], Path.unlink
+
+    def interrupted(path, missing_ok=False):
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Unfinished(tmp_path / "d", "new").__enter__()
+    with Unfinished(tmp_path / "d", "old") as unfinished:
+        assert not any(unfinished.has("train", number) for number in range(4))
+
+
+def test_piece_written_again_with_fewer_shards_leaves_none_of_the_old(tmp_path, open_dataset):
+    some_pieces(tmp_path / "d", "k", [0], shard_bytes=1)
+    assert len(list((tmp_path / "d.partial").glob("train.*.h5"))) == 2
+    some_pieces(tmp_path / "d", "k", [0], shard_bytes=1 << 20)
+    with Unfinished(tmp_path / "d", "k") as unfinished:
+        unfinished.finish({"train": (1, False)}, Storage(FEATURES), "{}")
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["index.h5", "train-00000.h5"]
+    assert open_dataset(tmp_path / "d").clients == 2
+
+
+@pytest.mark.parametrize("lost", ["train.00001.done", "train.00001.00001.h5"])
+def test_piece_that_is_not_there_is_no_shorter_dataset(tmp_path, lost):
+    folder = some_pieces(tmp_path / "d", "k", range(3)).folder
+    (folder / lost).unlink()
+    said = pytest.raises(UserError, match=r"d\.partial: piece 1 of split 'train' cannot be read again")
+    with said, Unfinished(tmp_path / "d", "k") as unfinished:
+        unfinished.finish({"train": (3, False)}, Storage(FEATURES), "{}")
+    assert not (tmp_path / "d").exists()

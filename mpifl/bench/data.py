@@ -122,9 +122,9 @@ def compressed(folder: Path, repeats: int) -> Iterator[Case]:
 
 def at_once(path: Path) -> Iterator[Case]:
     """Nine processes read the same files, each a cohort of its own; then in a read-only folder, the files locked."""
-    for what, condition in (("files", nullcontext), ("read-only, locked files", _read_only_and_locked)):
+    for what, condition in (("", nullcontext), (", read-only and locked", _read_only_and_locked)):
         with condition(path):
-            yield {"case": f"{READERS} readers of the same {what}", "MB_per_s_by_the_clock": _together(path)}
+            yield {"case": f"{READERS} readers{what}", "MB_per_s_by_the_clock": _together(path)}
 
 
 def prefetching(path: Path) -> Iterator[Case]:

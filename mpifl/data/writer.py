@@ -134,11 +134,10 @@ class Unfinished:
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
             self._take_lock()
             self._make_ready()
-        except OSError as error:
+        except BaseException as error:
             self._let_go()
-            raise cannot_be_written(self.folder, error) from None
-        except UserError:
-            self._let_go()
+            if isinstance(error, OSError):
+                raise cannot_be_written(self.folder, error) from None
             raise
         return self
 
@@ -161,7 +160,7 @@ class Unfinished:
 
     def __exit__(self, *exception: object) -> None:
         """Remove the folder unless it has complete pieces that can be kept, then let go of it."""
-        if self._lock >= 0 and not (self.key and any(self.folder.glob("*.done"))):
+        if self._lock >= 0 and not self.keeps():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._let_go()
 
@@ -169,6 +168,10 @@ class Unfinished:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
+
+    def keeps(self) -> bool:
+        """Whether there are complete pieces that the same conversion can go on from."""
+        return bool(self.key) and any(self.folder.glob("*.done"))
 
     def has(self, split: str, piece: int) -> bool:
         """Whether this piece is complete."""
