@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpifl.data.batches import Columns, as_columns
+from mpifl.data.batches import Columns, as_columns, blank_columns
 from mpifl.work import Batching
 
 Key = tuple[str, str, int, int]
@@ -22,18 +23,18 @@ class Source:
     """Reads the rows behind an id of a Batching, and fetches those of coming visits in a thread of its own.
 
     budget: bytes. A split that fits in what is left of it stays resident, on `device`, once read: as stored, so that a
-    uint8 is one byte there too. Of a larger split nothing is kept but what was fetched ahead, at most `budget`.
+    uint8 is one byte there too. Of a larger split nothing is kept but what was fetched ahead, in what is left.
     """
 
     def __init__(self, dataset: Any, budget: int, device: torch.device) -> None:
         self.dataset, self.budget, self.device = dataset, budget, device
-        self.row_bytes = sum(
-            np.dtype(feature.dtype).itemsize * int(np.prod(feature.shape)) for feature in dataset.features.values()
-        )
+        self.row_bytes = sum(column.nbytes for column in blank_columns(dataset.features, rows=1).values())
         self._resident: dict[Key, Columns] = {}
         self._reserved: dict[tuple[str, str, int], bool] = {}
         self._left = budget
-        self._ahead: dict[Key, Future[dict[str, np.ndarray]]] = {}
+        self._coming: OrderedDict[Key, int] = OrderedDict()
+        self._ahead: dict[Key, tuple[Future[dict[str, np.ndarray]], int]] = {}
+        self._ahead_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def examples(self, batching: Batching) -> np.ndarray:
@@ -52,7 +53,9 @@ class Source:
         found = self._resident.get(key)
         if found is not None:
             return found
-        fetched = self._ahead.pop(key, None)
+        self._coming.pop(key, None)
+        fetched = self._take(key)
+        self._fetch_on()
         arrays = self._read(key) if fetched is None or fetched.cancel() else fetched.result()
         columns = as_columns(arrays, self.device)
         if self._stays(batching):
@@ -60,17 +63,29 @@ class Source:
         return columns
 
     def prefetch(self, batching: Batching, ids: np.ndarray) -> None:
-        """Begin to read what is behind these ids, in this order; what was fetched for others is dropped."""
-        wanted = {_key(batching, id): id for id in ids.tolist()}
-        for key in [key for key in self._ahead if key not in wanted]:
-            self._ahead.pop(key).cancel()
-        room, examples = self.budget, self.examples(batching) if wanted else ()
-        for key, id in wanted.items():
-            room -= self._bytes(int(examples[id]), 1)
-            if room < 0:
-                return
+        """Read what is behind these ids in this order, as room comes free; what was fetched for others is dropped."""
+        rows = self.examples(batching)[ids].tolist()
+        place = 0 if self._stays(batching) else 1  # what stays has had its place since it was reserved
+        self._coming = OrderedDict((_key(batching, id), place * self._bytes(n, 1)) for id, n in zip(ids.tolist(), rows))
+        for key in self._ahead.keys() - self._coming.keys():
+            self._take(key).cancel()
+        self._fetch_on()
+
+    def _fetch_on(self) -> None:
+        """Give the thread those to read next that there is room for."""
+        while self._coming:
+            key, size = next(iter(self._coming.items()))
             if key not in self._resident and key not in self._ahead:
-                self._ahead[key] = self._thread.submit(self._read, key)
+                if self._ahead_bytes + size > self._left:
+                    return
+                self._ahead[key] = self._thread.submit(self._read, key), size
+                self._ahead_bytes += size
+            del self._coming[key]
+
+    def _take(self, key: Key) -> Future[dict[str, np.ndarray]] | None:
+        fetched, size = self._ahead.pop(key, (None, 0))
+        self._ahead_bytes -= size
+        return fetched
 
     def close(self) -> None:
         """End the thread; to be called before the dataset is closed."""

@@ -96,8 +96,8 @@ class Host:
         self._turn(ask)
         self.clock.round = ask.round
         work = self.works[ask.work]
-        if work.batches.of == "client":
-            self.source.prefetch(work.batches, ask.ahead)
+        if len(ask.ahead):
+            self.source.prefetch(work.batches, np.concatenate([ask.ids, ask.ahead]))
         wire = self.wire(ask.work, ask.shared, one_row(ask.given))
         total = Accumulator(wire, ask.limits, ask.clients, self.rank)
         shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))
