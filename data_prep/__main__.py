@@ -15,10 +15,10 @@ from types import ModuleType
 
 from data_prep.info import describe
 from data_prep.report import report
-from data_prep.writing import cores, key_of, write
+from data_prep.writing import add_compression, cores, key_of, write
 from mpifl.comm import Alone, World
-from mpifl.config import choice
-from mpifl.data.pieces import COMPRESSIONS, Storage
+from mpifl.config import UserError, choice
+from mpifl.data.pieces import Storage
 from mpifl.data.shard import Dataset
 from mpifl.data.writer import Unfinished
 from mpifl.launch import Parser, agree, command
@@ -82,16 +82,17 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
 
 def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: argparse.Namespace) -> None:
     jobs = options.jobs or (cores() if comm.size == 1 else 1)
-    agree(comm, lambda: Unfinished(options.out))  # refuse what exists before looking at the source
+    unfinished = agree(comm, lambda: Unfinished(options.out))  # refuse what exists before looking at the source
     conversion = agree(comm, lambda: _module(name).prepare(options))
     asked = _without(arguments, "--out", "--jobs")
     sources = [value for value in vars(options).values() if isinstance(value, Path) and value != options.out]
-    named = {str(source): source.name for source in sources}  # where they lay is nobody's business
-    made = {"command": shlex.join(["python", "-m", "data_prep", name, *(named.get(word, word) for word in asked)])}
+    named = {source: source.absolute().name for source in sources}  # where they lay is nobody's business
+    words = ["python", "-m", "data_prep", name, *(named.get(Path(word), word) for word in asked)]
+    made = {"command": shlex.join(words)}
     conversion = replace(conversion, provenance=conversion.provenance | made)
     how = (options.shard_mb << 20, options.compression, conversion.standardize or "")
     storage = agree(comm, lambda: Storage(conversion.features, *how))
-    key = agree(comm, lambda: key_of([name, *asked], sources))
+    key = agree(comm, lambda: key_of([name, *asked], sources, unfinished.folder))
     write(conversion, options.out, storage, jobs, key, comm)
     if comm.rank == 0:
         print(describe(options.out))
@@ -104,12 +105,14 @@ def _report(path: Path) -> None:
     with closing(Dataset(path)) as dataset:
         anybody = any(dataset.sizes(split).any() for split in dataset.splits if not dataset.central(split))
         picture = path / "report.png" if drawn and anybody else None
-        print(report(dataset, picture))
-    print(
-        f"picture   {picture}"
-        if picture
-        else f"python -m data_prep report {path} --png FILE draws it (with matplotlib)"
-    )
+        drawing = f"picture   {picture}"
+        if picture is None:
+            drawing = f"python -m data_prep report {path} --png FILE draws it (with matplotlib)"
+        try:
+            table = report(dataset, picture)
+        except UserError as problem:  # of the picture: the dataset is whole all the same
+            table, drawing = report(dataset), f"no picture: {problem}"
+        print(table, drawing, sep="\n")
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -117,9 +120,7 @@ def _add_arguments(parser: Parser) -> None:
     group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset, to be made")
     group.add_argument("--jobs", type=_count, metavar="N", help="processes (default: one per core; under mpirun: 1)")
     group.add_argument("--shard-mb", type=_count, default=256, metavar="MB", help="size of a shard file (default: 256)")
-    group.add_argument(
-        "--compression", choices=("", *COMPRESSIONS), default="", help="smaller files, slower reading (default: none)"
-    )
+    add_compression(group)
 
 
 def _general_parser() -> Parser:
@@ -145,7 +146,7 @@ def _module(name: str) -> ModuleType:
 def _without(arguments: Sequence[str], *names: str) -> list[str]:
     """The arguments without these options and their values; --option=value as two words."""
     kept, skip = [], False
-    for word in (part for word in arguments for part in (word.split("=", 1) if word[:2] == "--" else [word])):
+    for word in (part for given in arguments for part in (given.split("=", 1) if given[:2] == "--" else [given])):
         option, equals, _ = word.partition("=")
         if not skip and option not in names:
             kept.append(word)

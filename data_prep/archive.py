@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,8 +30,11 @@ def content(path: Path) -> mmap.mmap:
 
     It is unpacked into a nameless file in TMPDIR, which goes with the process however that ends.
     """
-    with path.open("rb") as file:
-        opener = COMPRESSED.get(file.read(3), open)
+    try:
+        with path.open("rb") as file:
+            opener = COMPRESSED.get(file.read(3), open)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         with opener(path, "rb") as packed:
             if opener is open:
@@ -44,6 +48,12 @@ def content(path: Path) -> mmap.mmap:
     except BROKEN as error:
         kind = f"{opener.__module__} file" if opener is not open else "file"
         raise UserError(f"{path}: truncated, damaged or empty {kind} ({error}); fetch it again") from None
+
+
+def forget(pages: mmap.mmap) -> None:
+    """Give back the memory that reading a map has filled; who reads there again gets it from the system's cache."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
@@ -65,7 +75,11 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
     data.seek(0)  # where the one before stopped reading
     try:
         with tarfile.open(fileobj=data, mode="r:") as tar:
-            while member := tar.next():
+            for number in count():
+                if number % 1024 == 0:
+                    forget(data)
+                if not (member := tar.next()):
+                    break
                 tar.members = []  # it would keep all
                 yield member
     except (tarfile.TarError, ValueError) as error:  # ValueError: mmap, asked for what lies behind the end

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from mpifl.config import UserError
+from mpifl.data.pieces import check_split_name
 from mpifl.data.shard import Columns, Feature
 
 PIECE_BYTES = 32 << 20
@@ -40,13 +42,21 @@ class Conversion:
     """Everything there is to know before reading: columns, splits, and provenance (source, made, licence).
 
     standardize: a uint8 column that is given the mean and std of what split "train" holds, per channel (the first
-    axis of three) or over all pixels.
+    axis of three) or over all pixels. Raises UserError for splits that cannot be written.
     """
 
     features: dict[str, Feature]
     splits: tuple[Split, ...]
     provenance: dict[str, str]
     standardize: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names of splits before anything is read."""
+        names = [split.name for split in self.splits]
+        for name in names:
+            check_split_name(name)
+            if names.count(name) > 1:
+                raise UserError(f"two splits would be named '{name}'; rename what becomes one of them in the source")
 
 
 def ranges(count: int, source_bytes: int) -> list[range]:

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def provenance(options: argparse.Namespace, made: str) -> dict[str, str]:
     """Say where a dataset comes from, for a converter that takes `add_arguments`."""
     return {
-        "source": options.about or options.source.name,
+        "source": options.about or options.source.absolute().name,
         "made": f"{partition.describe(options)}; {made}",
         "licence": options.licence or "not given",
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ import numpy as np
 
 from data_prep.conversion import Split, ranges
 from data_prep.corpus import installed
-from data_prep.tff import TEXT, Layout
+from data_prep.tff import TEXT, Content, Convert, Layout, decoded, is_as, nothing
 from mpifl.config import UserError
 from mpifl.data.shard import Columns
 
+FILES = "FedJAX's SQLite files"
 BUCKET = "https://storage.googleapis.com/gresearch/fedjax/"
 NUMBERS, TEXTS = 1, 4
 """Codes of msgpack extension types; 2 and 3 are single numbers, never columns."""
@@ -32,11 +33,9 @@ Rows = dict[str, int]
 """Where clients are: id to rowid, in order of ids."""
 Piece = tuple[tuple[str, int | None], ...]
 """Clients and their rowids, None for one that the file lacks."""
-Convert = Callable[[str, dict[str, Any], Path], Columns]
-"""Makes columns of what a file has for a client: (client, its features, the file)."""
 
 
-def splits(paths: dict[str, Path], layout: Layout, convert: Convert) -> tuple[Split, ...]:
+def splits(paths: dict[str, Path], content: Content) -> tuple[Split, ...]:
     """Cut each file into pieces of its clients, in order of ids.
 
     A split with no clients but those of "train" gets them all, with 0 rows where its file has none.
@@ -46,7 +45,8 @@ def splits(paths: dict[str, Path], layout: Layout, convert: Convert) -> tuple[Sp
     for split, path in paths.items():
         everyone = rows["train"] if rows[split].keys() <= rows["train"].keys() else rows[split]
         where = [(client, rows[split].get(client)) for client in everyone]
-        made.append(Split(split, pieces(where, path), partial(_read, path, layout, convert), clients=len(where)))
+        read = partial(_converted, path, content.layout, content.convert, content.most)
+        made.append(Split(split, pieces(where, path), read, clients=len(where)))
     return tuple(made)
 
 
@@ -83,12 +83,11 @@ def clients(path: Path, piece: Piece, layout: Layout, most: int | None = None) -
     with _connection(path) as connection:
         for client, row in piece:
             if row is None:
-                columns = {n: [] if kind == TEXT else np.empty((0, *s), kind) for n, (kind, s) in layout.items()}
-            else:
-                where = f"{path}: client {client!r}"
-                found = _features(connection, row, where)
-                columns = {name: _column(found, name, *kind, where)[:most] for name, kind in layout.items()}
-            yield client, columns
+                yield client, nothing(layout)
+                continue
+            where = f"{path}: client {client!r}"
+            found = _features(connection, row, where)
+            yield client, {name: _column(found, name, *kind, where)[:most] for name, kind in layout.items()}
 
 
 def layout_of(path: Path, row: int) -> Layout:
@@ -149,22 +148,14 @@ def _column(
         raise UserError(f"{where} has no feature '{name}', but {has}; is this the file of another --kind?")
     rows = found[name]
     is_text = rows.dtype.hasobject
-    fits = is_text if dtype == TEXT else not is_text and np.can_cast(rows.dtype, dtype, "same_kind")
-    if not fits or rows.shape[1:] != shape:
+    if not is_as(rows.dtype, is_text, dtype) or rows.shape[1:] != shape:
         is_ = TEXT if is_text else rows.dtype
         raise UserError(f"{where}: rows of '{name}' are {is_} {rows.shape[1:]}, must be {dtype} {shape}")
-    return _decoded(rows, name, where) if is_text else rows.astype(dtype, copy=False)
+    return decoded(rows, name, where) if is_text else rows.astype(dtype, copy=False)
 
 
-def _decoded(rows: np.ndarray, name: str, where: str) -> list[str]:
-    decoded: list[str] = []
-    try:
-        decoded.extend(row.decode() for row in rows)
-    except (UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"{where}: row {len(decoded)} of '{name}' is not UTF-8 text ({error})") from None
-    return decoded
-
-
-def _read(path: Path, layout: Layout, convert: Convert, piece: Piece) -> Iterator[tuple[str, Columns]]:
-    for client, columns in clients(path, piece, layout):
-        yield client, convert(client, columns, path)
+def _converted(
+    path: Path, layout: Layout, convert: Convert, most: int | None, piece: Piece
+) -> Iterator[tuple[str, Columns]]:
+    for client, found in clients(path, piece, layout, most):
+        yield client, convert(client, found, path)

@@ -17,54 +17,30 @@ them all.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from data_prep import fedjax, words
+from data_prep import fedjax, tff_cifar100, tff_emnist, tff_shakespeare, tff_stackoverflow, words
 from data_prep.conversion import Conversion
-from data_prep.text import CHARACTERS, PAD, char_ids, id_table, sentences, symbols, windows, word_ids
-from data_prep.tff import TEXT, Layout, labels
-from data_prep.tff_cifar100 import CLASSES, SIDE
-from data_prep.tff_cifar100 import LAYOUT as CIFAR100
-from data_prep.tff_emnist import DOMAINS, NAMES, domain_of, levels
-from data_prep.tff_emnist import LAYOUT as EMNIST
-from data_prep.tff_stackoverflow import DOMAINS as TYPES
-from data_prep.tff_stackoverflow import domains, words_of
+from data_prep.tff import TEXT, Content
 from mpifl.config import UserError, choice
 from mpifl.data.shard import Columns, Feature
 
-OPTIONS = {
-    "emnist": ("invert", "only_digits"),
-    "shakespeare": ("length",),
-    "stackoverflow": ("length", "vocabulary", "word_counts", "max_sentences"),
-    "cifar100": ("crop",),
-    "plain": ("columns", "classes"),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "emnist": {"only_digits": False, "invert": False},
+    "shakespeare": {"length": 80},
+    "stackoverflow": {"length": 20, "vocabulary": None, "word_counts": None, "max_sentences": None},
+    "cifar100": {"crop": tff_cifar100.SIDE},
+    "plain": {"columns": None, "classes": None},
 }
-"""Kinds of file, and the options that only some have."""
+"""Kinds of file, and the options that only some have, with what they are if not given."""
 STEMS = {
     "emnist": "emnist/federated_emnist",
     "shakespeare": "shakespeare/shakespeare",
     "stackoverflow": "stackoverflow/stackoverflow",
     "cifar100": "cifar100/federated_cifar100",
 }
-SNIPPETS: Layout = {"snippets": (TEXT, ())}
-SENTENCES: Layout = {"tokens": (TEXT, ()), "type": (TEXT, ())}
-
-
-class Kind(NamedTuple):
-    """What files of a kind hold, and what becomes of it."""
-
-    layout: Layout
-    features: dict[str, Feature]
-    convert: fedjax.Convert
-    source: str
-    made: str
-    licence: str
-    standardize: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,29 +54,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: shakespeare 80, stackoverflow 20)")
     words.add_arguments(parser)
     parser.add_argument("--max-sentences", type=int, help="stackoverflow: a client's first so many only (default: all)")
-    parser.add_argument("--crop", type=int, help=f"cifar100: side of the centre to keep (default: {SIDE}, all)")
+    parser.add_argument("--crop", type=int, help="cifar100: side of the centre to keep (default: 32, all)")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="plain: the columns to keep (default: all)")
     parser.add_argument("--classes", type=int, help="plain: column y holds labels 0 to CLASSES - 1")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files, list their clients, and see what is in them."""
-    for name in sorted(set().union(*OPTIONS.values()) - set(OPTIONS[options.kind])):
-        if getattr(options, name) is not None:
-            kinds = " and ".join(kind for kind, own in OPTIONS.items() if name in own)
+    own = OPTIONS[options.kind]
+    for name in sorted(set().union(*OPTIONS.values())):
+        if getattr(options, name) is None:
+            setattr(options, name, own.get(name))
+        elif name not in own:
+            kinds = " and ".join(kind for kind, names in OPTIONS.items() if name in names)
             raise UserError(f"--{name.replace('_', '-')} is for --kind {kinds}, not {options.kind}")
-    for name in ("length", "max_sentences", "classes"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     paths = _paths(options)
-    kinds = {"emnist": _emnist, "shakespeare": _shakespeare, "stackoverflow": _stackoverflow, "cifar100": _cifar100}
-    kind = kinds.get(options.kind, _plain)(options, paths)
-    return Conversion(
-        features=kind.features,
-        splits=fedjax.splits(paths, kind.layout, kind.convert),
-        provenance={"source": kind.source, "made": kind.made, "licence": kind.licence},
-        standardize=kind.standardize,
-    )
+    content = _content(options, paths["train"])
+    return content.conversion(fedjax.splits(paths, content), fedjax.FILES)
+
+
+def _content(options: argparse.Namespace, train: Path) -> Content:
+    if options.kind == "emnist":
+        return tff_emnist.characters(options.only_digits, options.invert)
+    if options.kind == "shakespeare":
+        return tff_shakespeare.snippets(options.length)
+    if options.kind == "cifar100":
+        return tff_cifar100.cropped(options.crop)
+    rows = fedjax.rows_of_clients(train)
+    if options.kind == "plain":
+        return _plain(options, train, next(iter(rows.values())))
+    count = partial(tff_stackoverflow.count_words, partial(fedjax.clients, train))
+    return tff_stackoverflow.posts(options, fedjax.pieces(list(rows.items()), train), count)
 
 
 def _paths(options: argparse.Namespace) -> dict[str, Path]:
@@ -115,7 +99,9 @@ def _paths(options: argparse.Namespace) -> dict[str, Path]:
         fetch = "--help says which files there are, and where"
     for path in paths.values():
         if not path.is_file():
-            raise UserError(f"there is no file {path}; {fetch}")
+            is_folder = options.source is None or options.source.is_dir()
+            what = f"there is no file {path}" if is_folder else f"--source {options.source} is no folder"
+            raise UserError(f"{what}; {fetch}")
     return paths
 
 
@@ -126,129 +112,34 @@ def _published(options: argparse.Namespace) -> tuple[dict[str, Path], str]:
     names = ("train", "held_out", "test") if options.kind == "stackoverflow" else ("train", "test")
     paths = {name: options.source / f"{stem}_{name}.sqlite" for name in names}
     if options.kind == "cifar100":
-        return paths, "fedjax.datasets.cifar100.load_data() leaves it in ~/.cache/fedjax"
-    return paths, f"fetch {' '.join(f'{fedjax.BUCKET}{folder}/{path.name}' for path in paths.values())}"
+        return paths, "fedjax.datasets.cifar100.load_data() leaves it in ~/.cache/fedjax, to be given as --source"
+    urls = " ".join(f"{fedjax.BUCKET}{folder}/{path.name}" for path in paths.values())
+    return paths, f"fetch {urls} and give their folder as --source"
 
 
-def _emnist(options: argparse.Namespace, paths: dict[str, Path]) -> Kind:
-    classes = 10 if options.only_digits else 62
-    background = "inverted: 255 - k stored, background 0" if options.invert else "k stored, background 255"
-    return Kind(
-        EMNIST,
-        {
-            "x": Feature("uint8", (28, 28), mean=0.0, std=255.0),
-            "y": Feature("uint8", (), classes=classes, names=NAMES[:classes]),
-            "domain_id": Feature("uint8", (), classes=len(DOMAINS), names=DOMAINS),
-        },
-        partial(_to_emnist, classes=classes, invert=bool(options.invert)),
-        "Federated EMNIST, FedJAX, SQLite: G. Cohen et al. (2017), NIST Special Database 19 by writer",
-        f"{classes} classes; pixels k/255, {background}; domain_id 0: writers f2100 to f2599, else 1",
-        "NIST Special Database 19 is in the public domain",
-    )
-
-
-def _to_emnist(client: str, found: dict[str, Any], path: Path, classes: int, invert: bool) -> Columns:
-    x = levels(found["pixels"], path, client)
-    y = labels(found["label"], classes, path, client)
-    return {"x": 255 - x if invert else x, "y": y, "domain_id": np.full(len(y), domain_of(client, path), np.uint8)}
-
-
-def _shakespeare(options: argparse.Namespace, paths: dict[str, Path]) -> Kind:
-    length, known = options.length or 80, symbols(CHARACTERS)
-    tokens = Feature("uint8", (length,), classes=len(known), names=known, pad=PAD)
-    return Kind(
-        SNIPPETS,
-        {"x": tokens, "y": tokens},
-        partial(_to_shakespeare, length=length),
-        "Shakespeare, FedJAX, SQLite: snippets of text by role; from Project Gutenberg's Complete Works, after "
-        "B. McMahan et al. (2017)",
-        f"each snippet in BOS ... EOS, a client's snippets joined and cut into (x, y) of {length} characters, no "
-        f"transition lost; {len(known)} symbols: PAD 0, BOS 1, EOS 2, TFF's 86 characters, OOV 89",
-        "public domain",
-    )
-
-
-def _to_shakespeare(client: str, found: dict[str, Any], path: Path, length: int) -> Columns:
-    x, y = windows(map(char_ids, found["snippets"]), length)
-    return {"x": x, "y": y}
-
-
-def _stackoverflow(options: argparse.Namespace, paths: dict[str, Path]) -> Kind:
-    length, most = options.length or 20, options.max_sentences
-    train = paths["train"]
-    pieces = fedjax.pieces(list(fedjax.rows_of_clients(train).items()), train)
-    vocabulary, chosen = words.vocabulary(options, pieces, partial(_count_words, train))
-    known = symbols(vocabulary)
-    tokens = Feature("uint16", (length,), classes=len(known), names=known, pad=PAD)
-    return Kind(
-        SENTENCES,
-        {"x": tokens, "y": tokens, "domain_id": Feature("uint8", (), classes=len(TYPES), names=TYPES)},
-        partial(_to_stackoverflow, table=id_table(vocabulary), length=length, most=most),
-        "Stack Overflow, FedJAX, SQLite: sentences by user, from the Stack Overflow Data on Kaggle",
-        f"{chosen}; BOS, words, EOS cut to {length + 1} tokens; "
-        f"{'all sentences' if most is None else f'the first {most} sentences of a client'}; domain_id: question 0, "
-        "answer 1",
-        "CC BY-SA 3.0",
-    )
-
-
-def _count_words(path: Path, piece: fedjax.Piece) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for _, found in fedjax.clients(path, piece, {"tokens": (TEXT, ())}):
-        for sentence in found["tokens"]:
-            counts.update(words_of(sentence))
-    return counts
-
-
-def _to_stackoverflow(
-    client: str, found: dict[str, Any], path: Path, table: dict[str, int], length: int, most: int | None
-) -> Columns:
-    rows = (word_ids(words_of(sentence, length), table) for sentence in found["tokens"][:most])
-    x, y = sentences(rows, length, "uint16")
-    return {"x": x, "y": y, "domain_id": domains(found["type"][:most], path, client)}
-
-
-def _cifar100(options: argparse.Namespace, paths: dict[str, Path]) -> Kind:
-    side = SIDE if options.crop is None else options.crop
-    if not 1 <= side <= SIDE:
-        raise UserError(f"--crop {side}: must be 1 to {SIDE}, the side of the images")
-    return Kind(
-        CIFAR100,
-        {"x": Feature("uint8", (3, side, side)), "y": Feature("uint8", (), classes=CLASSES)},
-        partial(_to_cifar100, side=side),
-        "Federated CIFAR-100, FedJAX, SQLite: A. Krizhevsky (2009), shared out by S. Reddi et al. (2021)",
-        f"the centre {side}x{side} of 32x32, channels first, values 0 to 255; fine labels",
-        "none is stated by its authors",
-        standardize="x",
-    )
-
-
-def _to_cifar100(client: str, found: dict[str, Any], path: Path, side: int) -> Columns:
-    start = (SIDE - side) // 2
-    centre = slice(start, start + side)
-    x = np.ascontiguousarray(found["image"].transpose(0, 3, 1, 2)[..., centre, centre])
-    return {"x": x, "y": labels(found["label"], CLASSES, path, client)}
-
-
-def _plain(options: argparse.Namespace, paths: dict[str, Path]) -> Kind:
-    path = paths["train"]
-    found = fedjax.layout_of(path, next(iter(fedjax.rows_of_clients(path).values())))
+def _plain(options: argparse.Namespace, path: Path, row: int) -> Content:
+    """Keep columns of numbers as they are, by those of the client in that row."""
+    found = fedjax.layout_of(path, row)
     names = options.columns or list(found)
     for name in names:
         choice(name, found, f"column of {path.name}")
     if texts := [name for name in names if found[name][0] == TEXT]:
         numbers = " ".join(name for name in names if name not in texts)
-        raise UserError(f"{path}: column '{texts[0]}' is text, which has no plain form; give --columns {numbers}")
-    if options.classes and "y" not in names:
-        raise UserError(f"--classes {options.classes}: {path.name} has no column y, but {', '.join(names)}")
+        instead = f"give --columns {numbers}" if numbers else "there is no other"
+        raise UserError(f"{path}: column '{texts[0]}' is text, which has no plain form; {instead}")
+    classes = options.classes
+    if classes is not None and classes < 1:
+        raise UserError(f"--classes {classes}: must be at least 1")
+    if classes and "y" not in names:
+        raise UserError(f"--classes {classes}: {path.name} has no column y, but {', '.join(names)}")
     layout = {name: found[name] for name in names}
-    return Kind(
-        layout,
-        {name: Feature(*kind, classes=options.classes if name == "y" else None) for name, kind in layout.items()},
-        _as_it_is,
-        f"{path.name}, SQLite in the layout of FedJAX",
-        f"columns {', '.join(names)} as they are",
-        "not given",
+    return Content(
+        layout=layout,
+        features={name: Feature(*kind, classes=classes if name == "y" else None) for name, kind in layout.items()},
+        convert=_as_it_is,
+        source=path.name,
+        made=f"columns {', '.join(names)} as they are",
+        licence="not given",
     )
 
 

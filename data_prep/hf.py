@@ -82,7 +82,7 @@ def _rows(options: argparse.Namespace, split: str, file: Path, features: dict[st
     values = _column(dataset, options.label_column, options.source)
     where = np.empty(len(dataset), [("row", np.int64), ("y", features["y"].dtype)])
     where["row"] = np.arange(len(dataset))
-    where["y"] = numbered(values, features["y"], f"{options.source}, split {split}")
+    where["y"] = numbered(values, features["y"], lambda row: f"{options.source}, split {split}: row {row + 1}")
     return corpus.Rows(where, partial(_tokens, texts, file, x), row_bytes, labels=where["y"])
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -83,16 +83,18 @@ def _read(source: Path, shape: tuple[int, ...], resize: bool, recolour: bool, en
             found, first = f"{image.height} x {image.width}", f"{shape[-2]} x {shape[-1]}"
             raise UserError(f"{_name(source, entry)}: is {found} pixels, the first image {first}; choose with --size")
         row[...] = np.asarray(image) if len(shape) == 2 else np.moveaxis(np.asarray(image), -1, 0)
+    if not source.is_dir():
+        archive.forget(archive.content(source))
     return {"x": pixels, "y": entries["label"].copy()}
 
 
 def _decoded(source: Path, entry: np.void) -> Image:
-    pillow, raw = corpus.installed("PIL.Image"), io.BytesIO(_bytes(source, entry))
+    pillow = corpus.installed("PIL.Image")
     try:
-        image = pillow.open(raw)
+        image = pillow.open(io.BytesIO(_bytes(source, entry)))
         image.load()
     except (*BROKEN, pillow.DecompressionBombError) as error:
-        problem = f"cannot be decoded ({error}); replace or remove it"
+        problem = f"cannot be decoded ({getattr(error, 'strerror', None) or error}); replace or remove it"
         raise UserError(f"{_name(source, entry)}: {problem}") from None
     if image.mode not in (*GREY, *COLOUR):
         raise UserError(f"{_name(source, entry)}: has pixels of kind {image.mode}; make them 8 bits per channel")
@@ -141,9 +143,13 @@ def _split_and_class(source: Path, names: list[str]) -> list[tuple[str, str]]:
 
 
 def _in_folder(source: Path) -> Iterator[tuple[str, int, int]]:
-    for folder, _, names in os.walk(source, followlinks=True):
+    for folder, _, names in os.walk(source, onerror=_refuse_unread, followlinks=True):
         for name in filter(_is_image, names):
             yield _utf8(source, (Path(folder) / name).relative_to(source).as_posix()), 0, 0
+
+
+def _refuse_unread(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _in_tar(source: Path) -> Iterator[tuple[str, int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mpifl.config import UserError
@@ -21,20 +23,22 @@ def label_column(values: np.ndarray) -> Feature:
     return class_column(tuple(map(str, np.unique(plain).tolist())))
 
 
-def numbered(values: np.ndarray, column: Feature, where: str) -> np.ndarray:
-    """Values, (n,), as the column has them; UserError, beginning with `where`, for one that it has not."""
+def numbered(values: np.ndarray, column: Feature, place: Callable[[int], str]) -> np.ndarray:
+    """Values, (n,), as the column has them; UserError, with the `place` of its row, for one that it has not."""
     plain = _plain(values)
     if column.names is None:
         if plain.dtype.kind == "U":
-            raise UserError(f"{where}: label '{plain[0]}' is text, labels for training are numbers")
+            row = next(row for row, value in enumerate(plain.tolist()) if not _is_number(value))
+            raise UserError(f"{place(row)}: label '{plain[row]}' is text, labels for training are numbers")
         return plain
     found, of_row = np.unique(plain, return_inverse=True)
     number = {name: index for index, name in enumerate(column.names)}
-    for row, name in zip(np.unique(of_row, return_index=True)[1], map(str, found.tolist())):
-        if name not in number:
-            known = ", ".join(column.names[:20]) + (", ..." if len(number) > 20 else "")
-            raise UserError(f"{where}: label '{name}' (row {row + 1}) is none of those for training: {known}")
-    return np.array([number[name] for name in map(str, found.tolist())])[of_row]
+    numbers = np.array([number.get(name, -1) for name in map(str, found.tolist())])[of_row]
+    if (numbers < 0).any():
+        row = int(np.argmax(numbers < 0))
+        known = ", ".join(column.names[:20]) + (", ..." if len(number) > 20 else "")
+        raise UserError(f"{place(row)}: label '{plain[row]}' is none of those for training: {known}")
+    return numbers
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
@@ -45,5 +49,13 @@ def _plain(values: np.ndarray) -> np.ndarray:
         numbers = values.astype(np.float64)
     except ValueError:
         return values
-    whole = np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all()
+    whole = (np.abs(numbers) < 2**53).all() and (numbers == np.floor(numbers)).all()
     return numbers.astype(np.int64) if whole else numbers
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -48,7 +48,7 @@ def find(source: Path, name: str) -> dict[str, list[Path]]:
     empty += [] if "train" in found else [f"{source} has no folder train"]
     if empty:
         how = f"make them as data/{name}/README.md of {REPOSITORY} says, and give its folder data as --source"
-        raise UserError(f"{empty[0] if source.is_dir() else f'there is no folder {source}'}; {how}")
+        raise UserError(f"{empty[0] if source.is_dir() else f'--source {source} is no folder'}; {how}")
     return found
 
 
@@ -65,6 +65,8 @@ def splits(
     made = []
     for split, paths in files.items():
         _check_once(paths, counts[split])
+        if split == "train" and not any(counts[split]):
+            raise UserError(f"{paths[0]}: there is no user in it, nor in another file of split train")
         beside = "train" if _within(counts[split], counts["train"]) else split
         pieces = [
             (path, roster, part)
@@ -96,7 +98,7 @@ def users(path: Path) -> dict[str, int]:
         raise UserError(f"{path}: has no lists users and num_samples of one length, so it is no file of LEAF")
     by_name = dict(zip(map(str, names), counts))
     if len(by_name) < len(names):
-        raise UserError(f"{path}: user {Counter(names).most_common(1)[0][0]!r} is in users twice")
+        raise UserError(f"{path}: user {Counter(map(str, names)).most_common(1)[0][0]!r} is in users twice")
     return by_name
 
 
@@ -217,7 +219,11 @@ class _Text:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file = path, path.open("rb")
+        self.path = path
+        try:
+            self.file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.at = "", 0  # what was read and not yet dropped; what of it was taken
         self.dropped = 0
@@ -251,6 +257,8 @@ class _Text:
                 cut_short = error.pos > len(self.text) - _LONGEST_TOKEN or error.msg.startswith("Unterminated")
                 if not cut_short or not self._more():
                     raise self._broken(error.msg, error.pos) from None
+            except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+                raise self._broken(str(error)) from None
             else:
                 if end < len(self.text) or not self._more():  # a number could go on
                     self.at = end

@@ -57,12 +57,14 @@ def to_columns(x: list, y: list, path: Path, user: str, images: Path) -> Columns
     pillow = installed("PIL.Image")
     pixels = np.empty((len(x), SIDE, SIDE, 3), np.uint8)
     for row, name in enumerate(x):
-        file = images / str(name)
-        if not file.is_file():
-            raise leaf.wrong(path, user, row, f"is {name!r:.60}, of which there is no file {file}")
+        if not isinstance(name, str):
+            raise leaf.wrong(path, user, row, f"is {name!r:.60}, must be the name of an image")
+        file = images / name
         try:
             with pillow.open(file) as image:
                 pixels[row] = image.convert("RGB").resize((SIDE, SIDE), pillow.Resampling.BICUBIC)
+        except FileNotFoundError:
+            raise leaf.wrong(path, user, row, f"is {name!r:.60}, of which there is no file {file}") from None
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{file}: truncated or damaged ({error}); fetch it again") from None
     channels_first = np.ascontiguousarray(np.moveaxis(pixels, -1, 1))

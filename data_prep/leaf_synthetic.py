@@ -48,7 +48,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     dimension, classes = options.dimension, options.classes
     if dimension < 1 or not 1 <= classes <= 256:
         raise UserError(f"--dimension {dimension} --classes {classes}: must be at least 1, and 1 to 256")
-    if (options.source is None) == (options.alpha is None or options.beta is None):
+    if any((spread is None) == (options.source is None) for spread in (options.alpha, options.beta)):
         raise UserError("give --alpha and --beta to make a dataset, or else --source to convert one")
     splits, provenance = _converted(options) if options.source else _made(options)
     features = {"x": Feature("float32", (dimension,)), "y": Feature("uint8", (), classes=classes)}

@@ -1,11 +1,13 @@
 """How a dataset's examples and labels lie over its clients: a table, and a picture.
 
-Sizes come from the index. Labels are read: of all clients, or of 10,000 evenly over a split that has more.
+Sizes come from the index. Labels are read: of all clients, or, evenly over a split that has more, of 10,000 or so
+many as hold 1 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_READ = 10_000
+MOST_READ, MOST_BYTES = 10_000, 1 << 30
 MOST_SHOWN = 50
 # Paul Tol's "muted" scheme: told apart by colour-blind readers; classes beyond make a heat map.
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB")
@@ -81,7 +83,7 @@ def _kind(feature: Feature | None) -> str:
 def _tally(dataset: Dataset, split: str, label: str) -> Tally:
     feature = dataset.features.get(label)
     kind, sizes = _kind(feature), dataset.sizes(split)
-    sample = _sample(len(sizes)) if kind else np.arange(0)
+    sample = _sample(len(sizes), _most_read(dataset, split)) if kind else np.arange(0)
     columns = (dataset.client(split, index)[label] for index in sample[sizes[sample] > 0])
     if kind == "tokens":
         tokens = np.array([np.count_nonzero(rows != feature.pad) for rows in columns], float)
@@ -100,9 +102,16 @@ def effective_number(counts: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
-def _sample(clients: int) -> np.ndarray:
-    """At most 10,000 clients, ascending: one at random from each of as many equal ranges."""
-    borders = np.arange(min(clients, MOST_READ) + 1) * clients // max(1, min(clients, MOST_READ))
+def _most_read(dataset: Dataset, split: str) -> int:
+    """How many clients to read: a client comes with all its columns, and of large ones a few must do."""
+    row = sum(np.dtype(feature.dtype).itemsize * math.prod(feature.shape) for feature in dataset.features.values())
+    clients = len(dataset.sizes(split)) * MOST_BYTES // max(1, row * dataset.total(split))
+    return min(max(clients, MOST_SHOWN), MOST_READ)
+
+
+def _sample(clients: int, most: int) -> np.ndarray:
+    """At most so many clients, ascending: one at random from each of as many equal ranges."""
+    borders = np.arange(min(clients, most) + 1) * clients // max(1, min(clients, most))
     return RandomState(0).randint(borders[:-1], borders[1:])
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.conversion import Conversion, Split
-from data_prep.writing import cores, key_of, write
+from data_prep.writing import add_compression, cores, write
 from mpifl.config import UserError
-from mpifl.data.pieces import COMPRESSIONS, Storage
+from mpifl.data.pieces import Storage
 from mpifl.data.shard import Columns, Dataset
 
 LARGEST_SHARD = 4 << 30
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the new one, to be made")
     parser.add_argument("--shards", type=int, required=True, metavar="M", help="shards per split, of about equal size")
     parser.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--compression", choices=("", *COMPRESSIONS), default="", help="of columns (default: none)")
+    add_compression(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
             splits.append(Split(split, pieces, read, source.central(split), clients=len(sizes)))
         storage = Storage(source.features, math.inf, options.compression)
         conversion = Conversion(source.features, tuple(splits), source.provenance)
-        key = key_of([str(options.shards), options.compression, source.digest], [])
+        key = f"{source.digest} in {options.shards} shards {options.compression}"
         write(conversion, options.out, storage, options.jobs, key)
         with closing(Dataset(options.out)) as made:
             if made.digest != source.digest:

@@ -24,11 +24,13 @@ Block = dict[str, np.ndarray]
 class Format(NamedTuple):
     """One kind of file: schema(path) has its columns; blocks(path, names, text) reads some, a CSV's as text or float32.
 
-    A schema has a column's dtype, with the shape of a row if it has one, or None if it is not of numbers.
+    A schema has a column's dtype, with the shape of a row if it has one, or None if it is not of numbers. first_row: the
+    number of the first row in errors.
     """
 
     schema: Callable[[Path], dict[str, np.dtype | None]]
     blocks: Callable[[Path, Sequence[str], bool], Iterator[Block]]
+    first_row: int = 1
 
 
 def files(path: Path) -> tuple[Path, ...]:
@@ -71,20 +73,38 @@ def records(paths: tuple[Path, ...], dtype: np.dtype) -> np.ndarray:
             for first, block in _blocks(path, dtype.names, text=False):
                 rows = np.empty(len(block[dtype.names[0]]), dtype)
                 for name, column in block.items():
-                    _check(column, dtype[name], f"{path}: column '{name}'", first)
-                    rows[name] = column
+                    rows[name] = _as(column, dtype[name], f"{path}: column '{name}'", first)
                 rows.tofile(file)
         file.flush()
         return np.memmap(file, dtype, "r")
 
 
-def _check(column: np.ndarray, dtype: np.dtype, where: str, first: int) -> None:
-    finite = np.isfinite(column).reshape(len(column), -1).all(axis=1)
-    if not finite.all():
-        raise UserError(f"{where} is missing or not finite in row {first + int(np.argmin(finite))}")
+def place(paths: Sequence[Path], name: str, row: int) -> str:
+    """Say in which file, and at which of its rows, the row of all files lies that `values` has at index `row`."""
+    for path in paths:
+        for first, block in _blocks(path, [name], text=True):
+            if row < len(block[name]):
+                return f"{path}: row {first + row}"
+            row -= len(block[name])
+    raise IndexError(row)
+
+
+def _as(column: np.ndarray, dtype: np.dtype, where: str, first: int) -> np.ndarray:
+    """The column in that dtype; UserError, beginning with `where`, unless all of it is there, finite, and fits."""
+    _require_finite(column, where, "is missing or not finite", first)
     if column.shape[1:] != dtype.shape or not np.can_cast(column.dtype, dtype.base, "same_kind"):
         found = f"{column.dtype} {column.shape[1:]}, elsewhere {dtype.base} {dtype.shape}"
         raise UserError(f"{where} is {found}; make all files alike")
+    with np.errstate(over="ignore"):
+        cast = column.astype(dtype.base, copy=False)
+    _require_finite(cast, where, f"is too large for {dtype.base}", first)
+    return cast
+
+
+def _require_finite(column: np.ndarray, where: str, problem: str, first: int) -> None:
+    finite = np.isfinite(column).reshape(len(column), -1).all(axis=1)
+    if not finite.all():
+        raise UserError(f"{where} {problem} in row {first + int(np.argmin(finite))}")
 
 
 def _kind(path: Path) -> str | None:
@@ -92,14 +112,15 @@ def _kind(path: Path) -> str | None:
 
 
 def _blocks(path: Path, names: Sequence[str], text: bool) -> Iterator[tuple[int, Block]]:
-    """Yield (number of the first row, from 1 on; columns) of a file."""
+    """Yield (number of the first row, columns) of a file."""
     for name in names:
         choice(name, schema(path), f"column of {path.name}")
-    blocks, first = FORMATS[_kind(path)].blocks(path, names, text), 1
+    form = FORMATS[_kind(path)]
+    blocks, first = form.blocks(path, names, text), form.first_row
     while block := _readable(path, lambda: next(blocks, None)):
         yield first, block
         first += len(block[names[0]])
-    if first == 1:
+    if first == form.first_row:
         raise UserError(f"{path}: has no rows")
 
 
@@ -115,16 +136,25 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _csv_schema(path: Path) -> dict[str, np.dtype | None]:
-    reader = installed("pyarrow.csv").open_csv(path)
-    return _arrow_schema(reader.schema, lambda kind: np.dtype("float32"))
+    return _arrow_schema(_csv_reader(path).schema, lambda kind: np.dtype("float32"))
 
 
 def _csv_blocks(path: Path, names: Sequence[str], text: bool) -> Iterator[Block]:
-    arrow, csv = installed("pyarrow"), installed("pyarrow.csv")
-    kind = arrow.string() if text else arrow.float32()
-    wanted = csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, kind))
-    threads = csv.ReadOptions(use_threads=False)  # one thread counts rows for its errors
-    yield from map(_arrow_block, csv.open_csv(path, read_options=threads, convert_options=wanted))
+    arrow, found = installed("pyarrow"), _csv_reader(path).schema
+    boolean = [name for name in names if arrow.types.is_boolean(found.field(name).type)]
+    kinds = dict.fromkeys(names, arrow.float32()) | dict.fromkeys(boolean, arrow.bool_())
+    kinds = dict.fromkeys(names, arrow.string()) if text else kinds
+    yield from map(_arrow_block, _csv_reader(path, include_columns=names, column_types=kinds))
+
+
+def _csv_reader(path: Path, **convert: Any) -> Any:
+    csv = installed("pyarrow.csv")
+    return csv.open_csv(
+        path,
+        read_options=csv.ReadOptions(use_threads=False),  # one thread counts rows for its errors
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(**convert),
+    )
 
 
 def _parquet_schema(path: Path) -> dict[str, np.dtype | None]:
@@ -133,7 +163,8 @@ def _parquet_schema(path: Path) -> dict[str, np.dtype | None]:
 
 
 def _parquet_blocks(path: Path, names: Sequence[str], _: bool) -> Iterator[Block]:
-    with installed("pyarrow.parquet").ParquetFile(path) as file:
+    # Unless told otherwise it reads all columns of all row groups ahead.
+    with installed("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         yield from map(_arrow_block, file.iter_batches(BLOCK_ROWS, columns=list(names), use_threads=False))
 
 
@@ -155,6 +186,8 @@ def _from_arrow(name: str, column: Any) -> np.ndarray:
         column = column.dictionary_decode()
     if types.is_string(column.type) or types.is_large_string(column.type):
         return np.array(column.fill_null("").to_pylist(), str)
+    if types.is_boolean(column.type) and column.null_count:
+        column = column.cast("uint8")
     array = column.to_numpy(zero_copy_only=False)  # missing numbers are NaN
     if array.dtype.kind not in "biuf":
         raise ValueError(f"column '{name}' is of {column.type}, neither numbers nor text")
@@ -204,8 +237,8 @@ def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 FORMATS = {
-    ".csv": Format(_csv_schema, _csv_blocks),
-    ".csv.gz": Format(_csv_schema, _csv_blocks),
+    ".csv": Format(_csv_schema, _csv_blocks, first_row=2),  # the header is row 1, as for a spreadsheet
+    ".csv.gz": Format(_csv_schema, _csv_blocks, first_row=2),
     ".parquet": Format(_parquet_schema, _parquet_blocks),
     ".npz": Format(_npz_schema, _npz_blocks),
 }

@@ -41,7 +41,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     if options.partition == "by-column" and client is None:
         raise UserError("give --client-column, the column of client ids, or another --partition, e.g. iid")
     paths = table_files.files(options.source)
-    dtype = _record(paths[0], options)
+    dtype, left = _record(paths[0], options)
     known = table_files.values(paths, [name for name in dict.fromkeys((client, label)) if name])
     features = {name: Feature(dtype[name].base.name, dtype[name].shape) for name in dtype.names}
     if not options.separate:
@@ -49,13 +49,14 @@ def prepare(options: argparse.Namespace) -> Conversion:
     target = None
     if label is not None:
         target = features["y"] = label_column(known[label])
-    train = _rows(paths, dtype, options.separate, target, label and known[label])
+    train = _rows(paths, dtype, options, target, known)
     central = {}
     if options.test:
         paths = table_files.files(options.test)
-        values = table_files.values(paths, [label])[label] if label else None
-        central["test"] = _rows(paths, dtype, options.separate, target, values)
+        central["test"] = _rows(paths, dtype, options, target, table_files.values(paths, [label] if label else []))
     made = f"{'columns' if options.separate else 'x of columns'} {', '.join(dtype.names)}"
+    if left:
+        made += f", without {', '.join(left)}"
     return Conversion(
         features=features,
         splits=corpus.splits(options, train._replace(groups=known.get(client)), central),
@@ -63,8 +64,8 @@ def prepare(options: argparse.Namespace) -> Conversion:
     )
 
 
-def _record(path: Path, options: argparse.Namespace) -> np.dtype:
-    """Return the columns to take as one record: their names, dtypes, and shapes of a row."""
+def _record(path: Path, options: argparse.Namespace) -> tuple[np.dtype, list[str]]:
+    """Return the columns to take as one record, their names, dtypes and shapes of a row; and the columns left out."""
     found = table_files.schema(path)
     special = {options.client_column, options.label_column}
     names = options.columns or [name for name, dtype in found.items() if dtype is not None and name not in special]
@@ -80,18 +81,28 @@ def _record(path: Path, options: argparse.Namespace) -> np.dtype:
         raise UserError(f"{path}: has no column of numbers beside ids and labels, only {', '.join(found)}")
     if len(set(names)) < len(names):
         raise UserError(f"--columns {' '.join(names)}: name each column once")
-    return np.dtype([(name, found[name] if options.separate else np.float32) for name in names])
+    dtype = np.dtype([(name, found[name] if options.separate else np.float32) for name in names])
+    return dtype, [name for name in found if name not in {*names, *special}]
 
 
 def _rows(
-    paths: tuple[Path, ...], dtype: np.dtype, separate: bool, target: Feature | None, values: np.ndarray | None
+    paths: tuple[Path, ...],
+    dtype: np.dtype,
+    options: argparse.Namespace,
+    target: Feature | None,
+    known: table_files.Block,
 ) -> corpus.Rows:
-    read = partial(_read, paths, dtype, separate, target is not None)
+    read = partial(_read, paths, dtype, options.separate, target is not None)
     count = len(table_files.records(paths, dtype))
+    for name, values in known.items():
+        if len(values) != count:
+            raise UserError(f"{paths[0]}: column '{name}' has {len(values)} rows, others {count}; make them alike")
     if target is None:
         return corpus.Rows(np.arange(count), read, dtype.itemsize)
     where = np.empty(count, [("row", np.int64), ("y", target.dtype)])
-    where["row"], where["y"] = np.arange(count), numbered(values, target, str(paths[0]))
+    label = options.label_column
+    place = partial(table_files.place, paths, label)
+    where["row"], where["y"] = np.arange(count), numbered(known[label], target, place)
     return corpus.Rows(where, read, dtype.itemsize, labels=where["y"] if target.classes else None)
 
 

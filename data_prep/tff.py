@@ -2,57 +2,86 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from data_prep.conversion import Split, ranges
+from data_prep.conversion import Conversion, Split, ranges
 from mpifl.config import UserError
+from mpifl.data.shard import Columns, Feature
 
+FILES = "TensorFlow Federated's HDF5 files"
 BUCKET = "https://storage.googleapis.com/tff-datasets-public/"
 MIRROR = "https://fedml.s3-us-west-1.amazonaws.com/"
 TEXT = "text"
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Features to read, with the dtype (or TEXT) and shape of a row."""
+Convert = Callable[[str, dict[str, Any], Path], Columns]
+"""Makes columns of what a file has for a client: (client, its features, the file)."""
+
+
+class Content(NamedTuple):
+    """What the files of a dataset hold, in whatever format, and what becomes of it.
+
+    most: of a client's rows only the first so many are read. The others are as in Conversion and its provenance.
+    """
+
+    layout: Layout
+    features: dict[str, Feature]
+    convert: Convert
+    source: str
+    made: str
+    licence: str
+    standardize: str | None = None
+    most: int | None = None
+
+    def conversion(self, splits: tuple[Split, ...], files: str) -> Conversion:
+        """Convert these splits, which `files` hold."""
+        provenance = {"source": f"{self.source}; from {files}", "made": self.made, "licence": self.licence}
+        return Conversion(self.features, splits, provenance, self.standardize)
 
 
 def find(source: Path, name: str, archive: str) -> Path:
     """Path of the file `name` in the folder `source`; UserError says where its archive is to be had."""
     path = source / name
     if not path.is_file():
-        what = "there is no file" if source.is_dir() else "there is no folder for"
+        what = f"there is no file {path}" if source.is_dir() else f"--source {source} is no folder"
         fetch = f"fetch {BUCKET}{archive} (mirror: {MIRROR}{archive})"
-        raise UserError(f"{what} {path}; {fetch}, unpack it, and give its folder as --source")
+        raise UserError(f"{what}; {fetch}, unpack it, and give the folder of {name} as --source")
     return path
 
 
-def splits(paths: dict[str, Path], read: Callable[..., Iterable], aligned: bool = False) -> tuple[Split, ...]:
-    """Cut each file into pieces, tuples of client ids in order, for `read(piece, path=...)`.
+def splits(paths: dict[str, Path], content: Content, aligned: bool = False) -> tuple[Split, ...]:
+    """Cut each file into pieces, tuples of client ids in order.
 
     aligned: the files hold the same clients, and every split gets them all, with 0 rows where a file has none.
     """
     ids = {split: client_ids(path) for split, path in paths.items()}
     if aligned:
         ids = dict.fromkeys(paths, sorted(set().union(*ids.values())))
-    return tuple(
-        Split(split, pieces(ids[split], path), partial(read, path=path), clients=len(ids[split]))
-        for split, path in paths.items()
-    )
+    found = []
+    for split, path in paths.items():
+        read = partial(_converted, path, content.layout, content.convert, content.most)
+        found.append(Split(split, pieces(ids[split], path), read, clients=len(ids[split])))
+    return tuple(found)
 
 
 def client_ids(path: Path) -> list[str]:
-    """Ids of a file's clients, sorted."""
+    """Ids of a file's clients, sorted; UserError for one that is not UTF-8."""
     with _examples(path) as examples:
-        ids = sorted(examples)
+        ids = list(examples)
+    if unreadable := [id for id in ids if isinstance(id, bytes)]:
+        raise UserError(f"{path}: client id {unreadable[0]} is not UTF-8 text; fetch the file again")
     if not ids:
         raise UserError(f"{path}: there is no client in it; fetch it again")
-    return ids
+    return sorted(ids)
 
 
 def pieces(ids: Sequence[str], path: Path) -> list[tuple[str, ...]]:
@@ -72,7 +101,7 @@ def clients(
         for client in ids:
             where = f"{path}: client {client!r}"
             if client not in examples:
-                yield client, {name: _nothing(*row) for name, row in layout.items()}
+                yield client, nothing(layout)
                 continue
             group = examples[client]
             columns = {name: _read(group, name, *row, most, where) for name, row in layout.items()}
@@ -92,6 +121,28 @@ def labels(column: np.ndarray, classes: int, path: Path, client: str) -> np.ndar
     return column.astype(np.uint8)
 
 
+def is_as(found: np.dtype, is_text: bool, dtype: str) -> bool:
+    """Whether values of dtype `found`, or text, become `dtype` (or TEXT) without wrapping around or losing digits."""
+    if is_text or dtype == TEXT:
+        return is_text and dtype == TEXT
+    return np.can_cast(found, dtype) or found.kind == np.dtype(dtype).kind == "f"
+
+
+def decoded(rows: np.ndarray, name: str, where: str) -> list[str]:
+    """Decode text, n bytes objects, to n str; UserError names the row that is not UTF-8."""
+    texts: list[str] = []
+    try:
+        texts.extend(row.decode() for row in rows)
+    except (UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{where}: row {len(texts)} of '{name}' is not UTF-8 text ({error})") from None
+    return texts
+
+
+def nothing(layout: Layout) -> dict[str, Any]:
+    """0 rows of every feature."""
+    return {name: [] if dtype == TEXT else np.empty((0, *shape), dtype) for name, (dtype, shape) in layout.items()}
+
+
 @contextmanager
 def _examples(path: Path) -> Iterator[h5py.Group]:
     try:
@@ -100,11 +151,9 @@ def _examples(path: Path) -> Iterator[h5py.Group]:
                 raise UserError(f"{path}: there is no group 'examples' in it, so it is none of TFF's files")
             yield file["examples"]
     except (OSError, KeyError, RuntimeError) as error:
+        if code := getattr(error, "errno", None):
+            raise UserError(f"{path} cannot be read: {os.strerror(code)}") from None
         raise UserError(f"{path}: truncated or damaged ({error}); fetch it again") from None
-
-
-def _nothing(dtype: str, shape: tuple[int, ...]) -> np.ndarray | list[str]:
-    return [] if dtype == TEXT else np.empty((0, *shape), dtype)
 
 
 def _read(
@@ -114,18 +163,15 @@ def _read(
         raise UserError(f"{where} has no feature '{name}'; is this the file of another dataset?")
     column = group[name]
     is_text = h5py.check_string_dtype(column.dtype) is not None
-    fits = is_text if dtype == TEXT else not is_text and np.can_cast(column.dtype, dtype, "same_kind")
-    if not fits or column.ndim != 1 + len(shape) or column.shape[1:] != shape:
+    if not is_as(column.dtype, is_text, dtype) or column.ndim != 1 + len(shape) or column.shape[1:] != shape:
         found = f"{TEXT if is_text else column.dtype} {column.shape}"
         raise UserError(f"{where}: '{name}' is {found}, must be {dtype} {('n', *shape)}".replace("'n'", "n"))
     rows = column[:most]
-    return _decoded(rows, name, where) if dtype == TEXT else rows.astype(dtype, copy=False)
+    return decoded(rows, name, where) if dtype == TEXT else rows.astype(dtype, copy=False)
 
 
-def _decoded(rows: np.ndarray, name: str, where: str) -> list[str]:
-    decoded: list[str] = []
-    try:
-        decoded.extend(row.decode() for row in rows)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: row {len(decoded)} of '{name}' is not UTF-8 text ({error})") from None
-    return decoded
+def _converted(
+    path: Path, layout: Layout, convert: Convert, most: int | None, ids: Iterable[str]
+) -> Iterator[tuple[str, Columns]]:
+    for client, found in clients(path, ids, layout, most):
+        yield client, convert(client, found, path)

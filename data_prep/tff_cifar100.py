@@ -12,9 +12,9 @@ keeps the centre only. The clients of test are none of train.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from mpifl.data.shard import Columns, Feature
 
 ARCHIVE = "fed_cifar100.tar.bz2"
 CLASSES, SIDE = 100, 32
-LAYOUT: tff.Layout = {"image": ("uint8", (SIDE, SIDE, 3)), "label": ("int64", ())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,28 +35,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files and list their clients."""
-    side = options.crop
+    content = cropped(options.crop)
+    paths = {name: tff.find(options.source, f"fed_cifar100_{name}.h5", ARCHIVE) for name in ("train", "test")}
+    return content.conversion(tff.splits(paths, content), tff.FILES)
+
+
+def cropped(side: int) -> tff.Content:
+    """What becomes of Federated CIFAR-100; UserError unless `side` is that of a part of the images."""
     if not 1 <= side <= SIDE:
         raise UserError(f"--crop {side}: must be 1 to {SIDE}, the side of the images")
-    paths = {name: tff.find(options.source, f"fed_cifar100_{name}.h5", ARCHIVE) for name in ("train", "test")}
-    return Conversion(
+    return tff.Content(
+        layout={"image": ("uint8", (SIDE, SIDE, 3)), "label": ("int64", ())},
         features={"x": Feature("uint8", (3, side, side)), "y": Feature("uint8", (), classes=CLASSES)},
-        splits=tff.splits(paths, partial(read, side=side)),
-        provenance={
-            "source": "Federated CIFAR-100, TensorFlow Federated, HDF5: A. Krizhevsky (2009), shared out by "
-            "S. Reddi et al. (2021)",
-            "made": f"the centre {side}x{side} of 32x32, channels first, values 0 to 255; fine labels",
-            "licence": "none is stated by its authors",
-        },
+        convert=partial(to_columns, side=side),
+        source="Federated CIFAR-100: A. Krizhevsky (2009), shared out by S. Reddi et al. (2021)",
+        made=f"the centre {side}x{side} of 32x32, channels first, values 0 to 255; fine labels",
+        licence="none is stated by its authors",
         standardize="x",
     )
 
 
-def read(ids: Iterable[str], path: Path, side: int) -> Iterator[tuple[str, Columns]]:
-    """Yield each client's images: x uint8 (n, 3, side, side), y uint8 (n,)."""
+def to_columns(client: str, found: dict[str, Any], path: Path, side: int) -> Columns:
+    """Crop a client's images: x uint8 (n, 3, side, side), y uint8 (n,)."""
     start = (SIDE - side) // 2
     centre = slice(start, start + side)
-    for client, columns in tff.clients(path, ids, LAYOUT):
-        channels_first = columns["image"].transpose(0, 3, 1, 2)
-        x = np.ascontiguousarray(channels_first[..., centre, centre])
-        yield client, {"x": x, "y": tff.labels(columns["label"], CLASSES, path, client)}
+    x = np.ascontiguousarray(found["image"].transpose(0, 3, 1, 2)[..., centre, centre])
+    return {"x": x, "y": tff.labels(found["label"], CLASSES, path, client)}

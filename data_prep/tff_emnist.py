@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import re
 import string
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ NAMES = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
 DOMAINS = ("high school", "census bureau")
 HIGH_SCHOOL = range(2100, 2600)
 WRITER = re.compile(r"(?:.*:)?f(\d{4})_\d{2}")
-LAYOUT: tff.Layout = {"pixels": ("float32", (28, 28)), "label": ("int64", ())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,32 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files and list their clients."""
-    stem, classes = ("fed_emnist_digitsonly", 10) if options.only_digits else ("fed_emnist", 62)
+    stem = "fed_emnist_digitsonly" if options.only_digits else "fed_emnist"
     paths = {name: tff.find(options.source, f"{stem}_{name}.h5", f"{stem}.tar.bz2") for name in ("train", "test")}
-    background = "inverted: 255 - k stored, background 0" if options.invert else "k stored, background 255"
-    return Conversion(
+    content = characters(options.only_digits, options.invert)
+    return content.conversion(tff.splits(paths, content, aligned=True), tff.FILES)
+
+
+def characters(only_digits: bool, invert: bool) -> tff.Content:
+    """What becomes of Federated EMNIST."""
+    classes = 10 if only_digits else 62
+    background = "inverted: 255 - k stored, background 0" if invert else "k stored, background 255"
+    return tff.Content(
+        layout={"pixels": ("float32", (28, 28)), "label": ("int64", ())},
         features={
             "x": Feature("uint8", (28, 28), mean=0.0, std=255.0),
             "y": Feature("uint8", (), classes=classes, names=NAMES[:classes]),
             "domain_id": Feature("uint8", (), classes=len(DOMAINS), names=DOMAINS),
         },
-        splits=tff.splits(paths, partial(read, classes=classes, invert=options.invert), aligned=True),
-        provenance={
-            "source": f"Federated EMNIST, TensorFlow Federated, HDF5 ({stem}): G. Cohen et al. (2017), "
-            "NIST Special Database 19 by writer",
-            "made": f"{classes} classes; pixels k/255, {background}; domain_id 0: writers f2100 to f2599, else 1",
-            "licence": "NIST Special Database 19 is in the public domain",
-        },
+        convert=partial(to_columns, classes=classes, invert=invert),
+        source="Federated EMNIST: G. Cohen et al. (2017), NIST Special Database 19 by writer",
+        made=f"{classes} classes; pixels k/255, {background}; domain_id 0: writers f2100 to f2599, else 1",
+        licence="NIST Special Database 19 is in the public domain",
     )
 
 
-def read(ids: Iterable[str], path: Path, classes: int, invert: bool) -> Iterator[tuple[str, Columns]]:
-    """Yield each writer's images: x uint8 (n, 28, 28), y and domain_id uint8 (n,)."""
-    for client, columns in tff.clients(path, ids, LAYOUT):
-        y = tff.labels(columns["label"], classes, path, client)
-        x = levels(columns["pixels"], path, client)
-        domain = np.full(len(y), domain_of(client, path), np.uint8)
-        yield client, {"x": 255 - x if invert else x, "y": y, "domain_id": domain}
+def to_columns(client: str, found: dict[str, Any], path: Path, classes: int, invert: bool) -> Columns:
+    """Bring a writer's images to x uint8 (n, 28, 28), y and domain_id uint8 (n,)."""
+    x = levels(found["pixels"], path, client)
+    y = tff.labels(found["label"], classes, path, client)
+    domain = np.full(len(y), domain_of(client, path), np.uint8)
+    return {"x": 255 - x if invert else x, "y": y, "domain_id": domain}
 
 
 def levels(pixels: np.ndarray, path: Path, client: str) -> np.ndarray:

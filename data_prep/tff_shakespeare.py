@@ -12,9 +12,9 @@ of TFF's tutorial, and 89 for any other. Splits train and test have the same cli
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_prep import tff
 from data_prep.conversion import Conversion
@@ -34,25 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files and list their clients."""
-    if options.length < 1:
-        raise UserError(f"--length {options.length}: a sequence has at least 1 character")
+    content = snippets(options.length)
     paths = {name: tff.find(options.source, f"shakespeare_{name}.h5", ARCHIVE) for name in ("train", "test")}
-    tokens = Feature("uint8", (options.length,), classes=len(NAMES), names=NAMES, pad=PAD)
-    return Conversion(
+    return content.conversion(tff.splits(paths, content, aligned=True), tff.FILES)
+
+
+def snippets(length: int) -> tff.Content:
+    """What becomes of Shakespeare's lines in sequences of `length` characters; UserError unless that is 1 or more."""
+    if length < 1:
+        raise UserError(f"--length {length}: a sequence has at least 1 character")
+    tokens = Feature("uint8", (length,), classes=len(NAMES), names=NAMES, pad=PAD)
+    return tff.Content(
+        layout={"snippets": (tff.TEXT, ())},
         features={"x": tokens, "y": tokens},
-        splits=tff.splits(paths, partial(read, length=options.length), aligned=True),
-        provenance={
-            "source": "Shakespeare, TensorFlow Federated: snippets of text by role, HDF5; from Project Gutenberg's "
-            "Complete Works, after B. McMahan et al. (2017)",
-            "made": f"each snippet in BOS ... EOS, a client's snippets joined and cut into (x, y) of {options.length} "
-            f"characters, no transition lost; {len(NAMES)} symbols: PAD 0, BOS 1, EOS 2, TFF's 86 characters, OOV 89",
-            "licence": "public domain",
-        },
+        convert=partial(to_columns, length=length),
+        source="Shakespeare: snippets of text by role, from Project Gutenberg's Complete Works, after B. McMahan et "
+        "al. (2017)",
+        made=f"each snippet in BOS ... EOS, a client's snippets joined and cut into (x, y) of {length} characters, no "
+        f"transition lost; {len(NAMES)} symbols: PAD 0, BOS 1, EOS 2, TFF's 86 characters, OOV 89",
+        licence="public domain",
     )
 
 
-def read(ids: Iterable[str], path: Path, length: int) -> Iterator[tuple[str, Columns]]:
-    """Yield each client's sequences: x, y uint8 (n, length)."""
-    for client, columns in tff.clients(path, ids, {"snippets": (tff.TEXT, ())}):
-        x, y = windows(map(char_ids, columns["snippets"]), length)
-        yield client, {"x": x, "y": y}
+def to_columns(client: str, found: dict[str, Any], path: Path, length: int) -> Columns:
+    """Cut a role's snippets into sequences: x, y uint8 (n, length)."""
+    x, y = windows(map(char_ids, found["snippets"]), length)
+    return {"x": x, "y": y}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,7 +24,7 @@ import numpy as np
 from data_prep.conversion import Conversion, Split
 from mpifl.comm import Alone, World
 from mpifl.config import UserError
-from mpifl.data.pieces import Storage, write_piece
+from mpifl.data.pieces import COMPRESSIONS, Storage, write_piece
 from mpifl.data.writer import Unfinished, provenance_json
 from mpifl.launch import agree
 
@@ -49,8 +51,9 @@ def write(
         kept = np.array([comm.rank == 0 and folder.has(split.name, number) for split, number in pieces], np.uint8)
         comm.bcast(kept)  # all ranks share out the same pieces, though some are ahead
         todo = [piece for piece, done in zip(pieces, kept) if not done]
-        progress = Progress(conversion, int(kept.sum()), comm.rank)
-        agree(comm, lambda: _write_all(folder.folder, todo[comm.rank :: comm.size], storage, jobs, progress))
+        mine = todo[comm.rank :: comm.size]
+        progress = Progress(mine, int(kept.sum()), comm.rank)
+        agree(comm, lambda: _write_all(folder.folder, mine, storage, jobs, progress))
         splits = {split.name: (len(split.pieces), split.central) for split in conversion.splits}
         agree(comm, lambda: folder.finish(splits, storage, provenance) if comm.rank == 0 else None)
     except KeyboardInterrupt as stop:
@@ -60,11 +63,33 @@ def write(
         folder.__exit__()
 
 
-def key_of(arguments: Sequence[str], sources: Sequence[Path]) -> str:
-    """What a conversion was asked for: its arguments, and size and age of every file of its sources."""
-    files = [file for source in sources for file in (sorted(source.rglob("*")) if source.is_dir() else [source])]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return json.dumps([list(arguments), stats])
+def add_compression(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare --compression."""
+    named = f"{', '.join(COMPRESSIONS)}: smaller files, slower reading (default: none)"
+    parser.add_argument("--compression", choices=("", *COMPRESSIONS), default="", metavar="NAME", help=named)
+
+
+def key_of(arguments: Sequence[str], sources: Sequence[Path], unfinished: Path) -> str:
+    """What a conversion was asked for: a digest of its arguments, and of size and age of every file of its sources.
+
+    unfinished: the folder that it writes to, which may lie in a source and is no part of it.
+    """
+    sha = hashlib.sha256(json.dumps([*arguments]).encode())
+    for source in sources:
+        for file in _files(source, unfinished):
+            if file.is_file():
+                stat = file.stat()
+                sha.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return sha.hexdigest()
+
+
+def _files(source: Path, unfinished: Path) -> Iterator[Path]:
+    """Yield a file, or all that a folder holds, in order of name."""
+    if not source.is_dir():
+        yield source
+    for folder, inner, names in os.walk(source, followlinks=True):
+        inner[:] = sorted(name for name in inner if Path(folder, name).resolve() != unfinished)
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def _write_all(folder: Path, tasks: list[Task], storage: Storage, jobs: int, progress: Progress) -> None:
@@ -141,8 +166,8 @@ def _work(folder: Path, split: Split, number: int, piece: Any, storage: Storage)
 class Progress:
     """Clients so far, on stderr: a line that changes on a terminal, elsewhere one every ten seconds."""
 
-    def __init__(self, conversion: Conversion, kept: int, rank: int) -> None:
-        self.total = sum(split.clients for split in conversion.splits)
+    def __init__(self, tasks: Sequence[Task], kept: int, rank: int) -> None:
+        self.total = round(sum(split.clients / len(split.pieces) for split, _ in tasks))  # pieces are alike
         self.terminal, self.silent = sys.stderr.isatty(), rank > 0
         self.clients = 0
         self.began = self.shown = time.monotonic()

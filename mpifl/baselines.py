@@ -33,9 +33,9 @@ class Baselines:
 
     @staticmethod
     def of(
-        model: Model, batches: Batching, opt: Optimizer, epochs: int, metrics: dict[str, Metric], split: str
+        model: Model, batches: Batching, opt: Optimizer, epochs: int, metrics: dict[str, Metric], scorer: Scorer
     ) -> Baselines:
-        """Train with the job's client optimizer and batch size for `epochs`."""
+        """Train with the job's client optimizer and batch size for `epochs`; score what `scorer` does."""
         once = replace(batches, epochs=epochs, steps=None, max_steps=None)
         alone = local_training(model, once, opt, 0.0, "uniform")
 
@@ -44,7 +44,8 @@ class Baselines:
 
         everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "uniform")
         own = lambda shared, client: client.scratch["theta"]  # noqa: E731
-        score = scoring(model, metrics, split, "all", own, numbers_only=True)
+        rows = scorer.central.batches.size
+        score = scoring(model, metrics, scorer.split, "all", own, numbers_only=True, size=rows)
         return Baselines(everybody, alone._replace(finish=keep), score, opt, tuple(metrics))
 
     @property

@@ -18,13 +18,13 @@ from mpifl.algorithms.fedavg import fedavg
 from mpifl.algorithms.hypcluster import hypcluster
 from mpifl.algorithms.mime import mime
 from mpifl.algorithms.scaffold import scaffold
-from mpifl.config import CONVERTERS, Job, Table, UserError, choice, construct, convert
+from mpifl.config import CONVERTERS, Job, UserError, choice, construct, convert
 from mpifl.data.batches import blank_columns, to_inputs
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Dataset, embedded
 from mpifl.data.staging import stage
 from mpifl.measure import Counts, Metric, Ratio, accuracy, confusion, per_domain, token_accuracy, token_loss, top_k
-from mpifl.model import Loss, Model, cross_entropy, from_module, refuse_changing_buffers, token_cross_entropy
+from mpifl.model import Model, cross_entropy, from_module, refuse_changing_buffers, token_cross_entropy
 from mpifl.models.cnn import cifar_cnn, emnist_conv
 from mpifl.models.hf import text_classifier
 from mpifl.models.images import Images
@@ -35,6 +35,7 @@ from mpifl.models.transformer import transformer
 from mpifl.optim import Optimizer
 from mpifl.rand import as_tensor
 from mpifl.schedule import Schedule
+from mpifl.tree import Tree
 from mpifl.work import Algorithm, Batching
 
 ALGORITHMS = {"fedavg": fedavg, "scaffold": scaffold, "mime": mime, "hypcluster": hypcluster}
@@ -175,7 +176,7 @@ def _dataset(job: Job) -> Any:
 def _model(job: Job, features: dict[str, Any]) -> Model:
     table = dict(job.model)
     name, inputs = table.pop("name"), convert(table.pop("inputs", "x"), str, "model inputs")
-    loss = _loss(table.pop("loss", _usual_loss(features)))
+    loss = _chosen(table.pop("loss", _usual_loss(features)), "model.loss", LOSSES, "loss")
     function, images, seen = named(name, MODELS, "model"), None, features
     if "images" in table:
         images = convert(table.pop("images"), Images, "model.images")
@@ -193,13 +194,23 @@ def _model(job: Job, features: dict[str, Any]) -> Model:
         return made
     shape = (2, *_column(seen, inputs).shape)
     model = from_module(factory, loss, inputs, made, images)
-    batch = to_inputs(blank_columns(seen), seen) | {"key": as_tensor(0)}
     try:
-        refuse_changing_buffers(factory, batch, inputs)
-    except (RuntimeError, IndexError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        refuse_changing_buffers(factory, _trial(seen) | {"key": as_tensor(0)}, inputs)
+    except UserError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"model {name} cannot be run on column '{inputs}', a batch of {shape}: {reason}") from error
     return model
+
+
+def _trial(features: dict[str, Any]) -> Tree:
+    """Two rows of model inputs: zeros, and the highest id that each column may hold."""
+    columns = blank_columns(features)
+    for name, feature in features.items():
+        if feature.classes:
+            columns[name][1] = feature.classes - 1
+    return to_inputs(columns, features) | {"index": torch.arange(2)}
 
 
 def _column(features: dict[str, Any], inputs: str) -> Any:
@@ -213,28 +224,24 @@ def _usual_loss(features: dict[str, Any]) -> str:
     return "token_cross_entropy" if "y" in features and len(features["y"].shape) == 1 else "cross_entropy"
 
 
-def _loss(value: Any) -> Loss:
-    """A loss by its name, or by a table of name and options."""
-    if not isinstance(value, Mapping):
-        return named(value, LOSSES, "loss")
-    if "name" not in value:
-        raise UserError(f'model.loss is {dict(value)!r}; write a name, or a table such as {{name = "cross_entropy"}}')
-    options = dict(value)
+def _chosen(value: Any, where: str, known: Mapping[str, Any], what: str) -> Any:
+    """A loss or a metric by its name, or by a table of name and options: a function of (scores, batch)."""
+    options = dict(value) if isinstance(value, Mapping) else {"name": value}
+    if "name" not in options:
+        example = f'{{name = "{next(iter(known))}"}}'
+        raise UserError(f"{where} has {options!r}; write a name, or a table such as {example}")
     name = options.pop("name")
-    return _with_options(named(name, LOSSES, "loss"), options, name)
-
-
-def _with_options(function: Any, options: Table, name: str) -> Any:
-    """A function of (scores, batch) whose further arguments are `options`, checked against its signature."""
+    function = named(name, known, what)
     scores_and_batch = dict.fromkeys(list(inspect.signature(function).parameters)[:2])
-    checked = construct(wraps(function)(lambda **arguments: arguments), options, name, **scores_and_batch)
-    return partial(function, **{option: checked[option] for option in options})
+    checked = construct(wraps(function)(lambda **arguments: arguments), options, f"{what} {name}", **scores_and_batch)
+    return partial(function, **{option: checked[option] for option in options}) if options else function
 
 
 def _refuse_wrong_shapes(model: Model, metrics: dict[str, Metric], features: dict[str, Any]) -> None:
-    """A loss must give a number per example, metrics values per example or sums of what counts: try them on zeros."""
-    batch = to_inputs(blank_columns(features), features) | {"index": torch.arange(2)}
+    """A loss must give a number per example, metrics values per example or sums of what counts: try them."""
+    batch = _trial(features)
     scores = model.scores(torch.zeros(model.size), batch)
+    _refuse_fewer_scores(model, scores, features)
     losses = model.loss(scores, batch)
     if not isinstance(losses, torch.Tensor) or losses.shape != (2,):
         raise UserError(f"loss gives {_found(losses)} for a batch of 2; it must give one number per example, (2,)")
@@ -251,6 +258,18 @@ def _refuse_wrong_shapes(model: Model, metrics: dict[str, Metric], features: dic
             raise UserError(f"{what} {_found(values)} for a batch of 2; {allowed}")
 
 
+def _refuse_fewer_scores(model: Model, scores: torch.Tensor, features: dict[str, Any]) -> None:
+    """Losses of our own index the scores by class; what else a model may give is its loss's affair."""
+    known = getattr(model.loss, "func", model.loss) in LOSSES.values()
+    if not known or "y" not in features or scores.dim() != len(features["y"].shape) + 2:
+        return
+    given, classes = scores.shape[-1], features["y"].classes or 0
+    if given < classes:
+        raise UserError(
+            f"the model gives {given} scores, and column 'y' has {classes} classes; it must give one for each"
+        )
+
+
 def _found(values: Any) -> str:
     return str(tuple(values.shape)) if isinstance(values, torch.Tensor) else type(values).__name__
 
@@ -265,17 +284,8 @@ def _metrics(job: Job) -> dict[str, Metric]:
             raise UserError(f"run.metrics has a second '{label}' ({always} are always there); add as = \"...\" to it")
         if not label or set(label) & {".", "/"}:
             raise UserError(f"run.metrics has as = '{label}'; write a name without . and /")
-        metrics[label] = _metric(options, "run.metrics")
+        metrics[label] = _chosen(options, "run.metrics", METRICS, "metric")
     return metrics
-
-
-def _metric(value: Any, where: str) -> Metric:
-    """A metric by its name, or by a table of name and options."""
-    options = dict(value) if isinstance(value, Mapping) else {"name": value}
-    if "name" not in options:
-        raise UserError(f'{where} has {options!r}; write a name, or a table such as {{name = "top_k", k = 5}}')
-    name = options.pop("name")
-    return _with_options(named(name, METRICS, "metric"), options, f"metric {name}")
 
 
 def _batching(value: Any, where: str) -> Batching:
@@ -304,6 +314,6 @@ def _schedule(value: Any, where: str) -> Schedule:
 
 
 CONVERTERS[Batching] = _batching
-CONVERTERS[Metric] = _metric
+CONVERTERS[Metric] = partial(_chosen, known=METRICS, what="metric")
 CONVERTERS[Optimizer] = _optimizer
 CONVERTERS[Schedule] = _schedule

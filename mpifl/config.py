@@ -70,9 +70,10 @@ class Run:
     """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
 
     device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: how many
-    rows of the test split they score, in whole blocks of 512, the same ones each time (0: all). metrics: each
-    "accuracy", "package.module:function" or a table of name, options and, where two have one name, `as`. nonfinite:
-    what a NaN or infinite update does. memory_mb: MiB of client memory per rank before it spills to mapped files.
+    rows of the test split they score, in whole blocks, the same ones each time (0: all). eval_batch: rows of a block,
+    all scored at once. metrics: each "accuracy", "package.module:function" or a table of name, options and, where two
+    have one name, `as`. nonfinite: what a NaN or infinite update does. memory_mb: MiB of client memory per rank before
+    it spills to mapped files.
     """
 
     out: str = ""
@@ -80,6 +81,7 @@ class Run:
     device: Literal["cpu", "cuda"] = "cpu"
     eval_every: int = 1
     eval_rows: int = 0
+    eval_batch: int = 512
     metrics: tuple[str | Table, ...] = ("accuracy",)
     nonfinite: Literal["stop", "exclude"] = "stop"
     memory_mb: int = 4096
@@ -117,6 +119,7 @@ class Job:
             ("run.threads", self.run.threads, 1),
             ("run.eval_every", self.run.eval_every, 1),
             ("run.eval_rows", self.run.eval_rows, 0),
+            ("run.eval_batch", self.run.eval_batch, 1),
             ("data.cache_mb", self.data.cache_mb, 0),
             ("run.memory_mb", self.run.memory_mb, 0),
         ):

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpifl.config import UserError
-from mpifl.model import RESERVED, Model
+from mpifl.config import Run, UserError
+from mpifl.model import Model, column_of, targets_of, traced
 from mpifl.tree import Tree, tree_map
 from mpifl.work import Batching, Client, ClientWork, Upload
 
 PAD, BOS, EOS = 0, 1, 2
 """Ids of language data that are no words; a target that is PAD is no target."""
-BLOCK = 512
-"""Rows of one block of a central split; fixed, so that sums do not depend on who scores what."""
+BLOCK = Run.eval_batch
+"""Rows of one block of a central split, unless the job says otherwise."""
 MOST_CLASSES, MOST_DOMAINS = 1000, 100
 """Sizes beyond which a confusion matrix or a vector of domains is refused: they are written at every evaluation."""
 
@@ -105,27 +105,27 @@ def headline(metrics: Iterable[str], scores: Mapping[str, Any]) -> str:
 
 def accuracy(scores: Tensor, batch: Tree) -> Tensor:
     """1.0 where the highest of the scores, (B, classes), is at `batch["y"]`, (B,); (B,)."""
-    _refuse_other_shapes("accuracy", scores, batch["y"], 1)
-    return (scores.argmax(dim=-1) == batch["y"]).to(torch.float32)
+    y = targets_of(batch, scores, 1, "metric accuracy", other="token_accuracy")
+    return (scores.argmax(dim=-1) == y).to(torch.float32)
 
 
 def top_k(scores: Tensor, batch: Tree, k: int = 5) -> Tensor:
     """1.0 where `batch["y"]`, (B,), is among the k highest of the scores, (B, classes); of equals the first; (B,)."""
-    _refuse_other_shapes("top_k", scores, batch["y"], 1)
+    y = targets_of(batch, scores, 1, "metric top_k", other="token_accuracy")
     if not 1 <= k <= scores.shape[-1]:
         raise UserError(f"metric top_k: k is {k}; it must be from 1 to the {scores.shape[-1]} classes scored")
     highest = scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
-    return (highest == batch["y"][:, None]).any(dim=-1).to(torch.float32)
+    return (highest == y[:, None]).any(dim=-1).to(torch.float32)
 
 
 def confusion(scores: Tensor, batch: Tree) -> Counts:
     """Count examples by [true, predicted] class: (classes, classes)."""
-    _refuse_other_shapes("confusion", scores, batch["y"], 1)
+    y = targets_of(batch, scores, 1, "metric confusion", other="token_accuracy")
     classes = scores.shape[-1]
     if classes > MOST_CLASSES:
         raise UserError(f"metric confusion: {classes} classes are scored; it is for {MOST_CLASSES} at most")
-    kept = batch.get("mask", torch.ones_like(batch["y"])).to(torch.float64)
-    cells = batch["y"] * classes + scores.argmax(dim=-1)
+    kept = batch.get("mask", torch.ones_like(y)).to(torch.float64)
+    cells = y * classes + scores.argmax(dim=-1)
     return Counts(kept.new_zeros(classes * classes).scatter_add(0, cells, kept).view(classes, classes))
 
 
@@ -133,11 +133,12 @@ def per_domain(scores: Tensor, batch: Tree, metric: Metric, domains: int) -> Rat
     """Any metric over the examples of each domain, `batch["domain_id"]` (B,) from 0 to domains - 1: (domains, ...)."""
     if not 1 <= domains <= MOST_DOMAINS:
         raise UserError(f"metric per_domain: domains is {domains}; it must be from 1 to {MOST_DOMAINS}")
-    if "domain_id" not in batch:
-        columns = ", ".join(name for name in batch if name not in RESERVED)
-        raise UserError(f"metric per_domain needs a column 'domain_id'; the dataset has {columns}")
-    kept = batch.get("mask", torch.ones_like(batch["domain_id"], dtype=torch.bool))
-    each = [batch | {"mask": kept & (batch["domain_id"] == domain)} for domain in range(domains)]
+    domain_of_each = column_of(batch, "domain_id", "metric per_domain")
+    if not traced() and (domain_of_each >= domains).any():
+        highest = int(domain_of_each.max())
+        raise UserError(f"metric per_domain: domains is {domains}, and there is a domain_id {highest}; it must be more")
+    kept = batch.get("mask", torch.ones_like(domain_of_each, dtype=torch.bool))
+    each = [batch | {"mask": kept & (domain_of_each == domain)} for domain in range(domains)]
     sums = [summed(metric(scores, one), one) for one in each]
     return type(sums[0])(*map(torch.stack, zip(*sums)))
 
@@ -150,15 +151,15 @@ def token_accuracy(scores: Tensor, batch: Tree, outside: tuple[int, ...] = (PAD,
 
     outside: ids that are never counted and never predicted; StackOverflow's out-of-vocabulary id belongs to them.
     """
-    _refuse_other_shapes("token_accuracy", scores, batch["y"], 2)
+    y = targets_of(batch, scores, 2, "metric token_accuracy", other="accuracy")
     words = sorted(set(range(scores.shape[-1])) - set(outside))
     if not words or not all(0 <= id < scores.shape[-1] for id in outside):
         some = f"some of the ids scored, 0 to {scores.shape[-1] - 1}, and not all"
         raise UserError(f"metric token_accuracy: outside is {list(outside)}; it must hold {some}")
     inside = torch.ones(scores.shape[-1], dtype=torch.bool, device=scores.device)
     inside[list(outside)] = False
-    counted = inside[batch["y"]] & (batch["y"] != PAD)
-    hits = counted & (_best(scores, words, inside) == batch["y"])
+    counted = inside[y] & (y != PAD)
+    hits = counted & (_best(scores, words, inside) == y)
     return Ratio(example_sums(hits.sum(dim=-1), batch), example_sums(counted.sum(dim=-1), batch))
 
 
@@ -173,20 +174,10 @@ def _best(scores: Tensor, words: list[int], inside: Tensor) -> Tensor:
 
 def token_loss(scores: Tensor, batch: Tree) -> Ratio:
     """Mean cross entropy of scores, (B, L, ids), over the targets `batch["y"]`, (B, L), that are not PAD; nats."""
-    _refuse_other_shapes("token_loss", scores, batch["y"], 2)
-    targets = batch["y"].flatten()
-    losses = F.cross_entropy(scores.flatten(0, 1), targets, ignore_index=PAD, reduction="none").view_as(batch["y"])
-    tokens = (batch["y"] != PAD).sum(dim=-1)
+    y = targets_of(batch, scores, 2, "metric token_loss", other="the loss of every job")
+    losses = F.cross_entropy(scores.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="none").view_as(y)
+    tokens = (y != PAD).sum(dim=-1)
     return Ratio(example_sums(losses.sum(dim=-1), batch), example_sums(tokens, batch))
-
-
-def _refuse_other_shapes(metric: str, scores: Tensor, y: Tensor, axes: int) -> None:
-    """Raise UserError unless y has so many axes and the scores one more, of the classes."""
-    if y.dim() != axes or scores.shape[:-1] != y.shape:
-        other = "for sequences there is token_accuracy" if axes == 1 else "for single labels there is accuracy"
-        wanted = "scores (B, classes) and y (B,)" if axes == 1 else "scores (B, L, ids) and y (B, L)"
-        found = f"scores {tuple(scores.shape)} and y {tuple(y.shape)}"
-        raise UserError(f"metric {metric} takes {wanted}, here a batch has {found}; {other}")
 
 
 # --- the works -------------------------------------------------------------------------------------------
@@ -199,11 +190,13 @@ def scoring(
     of: Literal["client", "block", "all"],
     theta_of: Callable[[Tree, Client], Tensor] = lambda shared, client: shared["theta"],
     numbers_only: bool = False,
+    size: int = BLOCK,
 ) -> ClientWork:
     """Score one vector: stats are the sums of `loss` and each metric, and `examples`; weight is examples.
 
     theta_of: (shared, client) -> (P,), for clients that have a vector of their own. numbers_only: leave out metrics
-    that are more than one number.
+    that are more than one number. size: rows scored at a time, fixed, so that sums do not
+    depend on who scores what.
     """
 
     def start(shared: Tree, client: Client) -> Tree:
@@ -225,4 +218,4 @@ def scoring(
         stats = {name: total for name, total in sums.items() if not (numbers_only and total.dim())}
         return Upload(update={}, weight=sums["examples"], stats=stats)
 
-    return ClientWork(start, step, finish, Batching(size=BLOCK, shuffle=False, split=split, of=of))
+    return ClientWork(start, step, finish, Batching(size=size, shuffle=False, split=split, of=of))

@@ -68,7 +68,7 @@ class Sender:
         new = text not in self._known
         layout = self._known.setdefault(text, len(self._known))
         members, next_members = _by_rank(home, comm.size), _by_rank(home_ahead, comm.size)
-        width, ahead = max(map(len, members)), max(map(len, next_members))
+        width, ahead = max(1, *map(len, members)), max(map(len, next_members))  # a row has bytes, if nobody is asked
         sizes = (len(ask.ids), width, ahead, layout, len(text) if new else 0)
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
         if new:

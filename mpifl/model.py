@@ -48,7 +48,7 @@ class Model:
 
     def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
         """Gradient of the mean loss, (P,), a vector of its own at every call, and the mean loss, ()."""
-        if _traced():
+        if traced():
             return grad_and_value(self.mean_loss)(theta, batch)
         leaf = theta.detach().requires_grad_()
         loss = self.mean_loss(leaf, batch)
@@ -91,9 +91,34 @@ def _shares(values: Tensor, batch: Tree) -> Tensor:
     return kept / kept.sum().clamp(min=1)
 
 
+def column_of(batch: Tree, name: str, what: str) -> Tensor:
+    """A batch's leaf; UserError naming `what` needs it if the dataset has no such column."""
+    if name not in batch:
+        columns = ", ".join(leaf for leaf in batch if leaf not in RESERVED)
+        raise UserError(f"{what} needs a column '{name}'; the dataset has {columns}")
+    return batch[name]
+
+
+def targets_of(batch: Tree, scores: Tensor, axes: int, what: str, other: str) -> Tensor:
+    """`batch["y"]`, class numbers: (B,) with scores (B, classes), or (B, L) with scores (B, L, ids), by its `axes`.
+
+    Raises UserError for anything else, with `other` as what the other kind of targets has.
+    """
+    y = column_of(batch, "y", what)
+    if y.dim() != axes or scores.shape[:-1] != y.shape:
+        hint = f"for sequences there is {other}" if axes == 1 else f"for single labels there is {other}"
+        wanted = "scores (B, classes) and y (B,)" if axes == 1 else "scores (B, L, ids) and y (B, L)"
+        found = f"scores {tuple(scores.shape)} and y {tuple(y.shape)}"
+        raise UserError(f"{what} takes {wanted}, here a batch has {found}; {hint}")
+    if y.is_floating_point():
+        raise UserError(f"{what} takes class numbers, column 'y' holds {y.dtype}; for them name a function of your own")
+    return y
+
+
 def cross_entropy(scores: Tensor, batch: Tree) -> Tensor:
     """Cross entropy of `scores`, (B, classes), against `batch["y"]`, (B,) int64; (B,)."""
-    return F.cross_entropy(scores, batch["y"], reduction="none")
+    y = targets_of(batch, scores, 1, "loss cross_entropy", other="token_cross_entropy")
+    return F.cross_entropy(scores, y, reduction="none")
 
 
 def token_cross_entropy(scores: Tensor, batch: Tree, expected_length: float | None = None) -> Tensor:
@@ -102,7 +127,7 @@ def token_cross_entropy(scores: Tensor, batch: Tree, expected_length: float | No
     Per sequence, (B,): the mean over its tokens, 0 if it has none; with `expected_length`, the sum over its tokens
     divided by that number, so that long sequences weigh more (FedJAX's StackOverflow: 13.3).
     """
-    y = batch["y"]
+    y = targets_of(batch, scores, 2, "loss token_cross_entropy", other="cross_entropy")
     losses = F.cross_entropy(scores.flatten(0, 1), y.flatten(), ignore_index=0, reduction="none")
     sums = losses.view(y.shape).sum(dim=1)
     if expected_length is None:
@@ -192,7 +217,7 @@ class ModuleModel(Model):
 
     def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
         """As Model's, through parameters bound to theta."""
-        if _traced() or theta.requires_grad:
+        if traced() or theta.requires_grad:
             return super().grad_and_loss(theta, batch)
         self._bind(theta)
         losses = self.loss(self._call(None, batch), batch)
@@ -216,7 +241,7 @@ class ModuleModel(Model):
         return _flat([tensors[name].to(torch.float32) for name in self._names])
 
     def _scores(self, theta: Tensor, batch: Tree) -> Tensor:
-        if _traced() or theta.requires_grad:
+        if traced() or theta.requires_grad:
             return self._call(self._views(theta), batch)
         self._bind(theta)
         with torch.no_grad():
@@ -257,7 +282,7 @@ def _pull_back(outputs: Tensor, weights: Tensor, inputs: list[Tensor]) -> tuple[
     return backward((outputs,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """True inside torch.func transforms (vmap, grad), where theta itself may be one that all clients share."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -99,9 +99,9 @@ class PlanFleet(Fleet):
 
 
 def expected_memory(
-    fleet: PlanFleet, algorithm: Algorithm, state: Tree, score: ClientWork, budget: int
+    fleet: PlanFleet, algorithm: Algorithm, state: Tree, score: ClientWork, rounds: int
 ) -> tuple[int, int]:
-    """Return expected resident bytes of (rank 0, a host), after a round was planned.
+    """Return expected resident bytes of (rank 0, a host) at a job's end, after a round was planned.
 
     Measured as far as possible: what this process holds, before and after a real step of training and a real
     block of scoring on zeros; then a round's buffers, and the data and client memory that a host will keep.
@@ -113,12 +113,25 @@ def expected_memory(
     idle = resident_bytes()
     _one_batch(host, host.works[sizes.ask.work], sizes.ask.shared)
     _one_batch(host, score, {"theta": next(iter(algorithm.models(state).values()))})
-    stored = sum(host.dataset.total(split) for split in host.dataset.splits) * host.source.row_bytes
-    kept = stored if stored <= budget else min(budget, sizes.ask.clients * stored // host.dataset.clients)
     # Rows of all who may be visited, and a round's new ones beside them until it is accepted.
     rows = -(-host.dataset.clients // hosts) + -(-sizes.ask.clients // hosts)
-    busy = resident_bytes() + kept // hosts + host.memory.layout.bytes * rows
+    busy = resident_bytes() + expected_data(fleet, score, rounds) + host.memory.layout.bytes * rows
     return (busy if fleet.comm.size == 1 else idle) + server, busy + buffers
+
+
+def expected_data(fleet: PlanFleet, score: ClientWork, rounds: int) -> int:
+    """Return expected bytes of clients' and test rows that a host holds after so many rounds like the one planned."""
+    host, source, cohort = fleet.host, fleet.host.source, fleet.sizes.ask.clients
+    hosts, clients, total = max(1, fleet.comm.size - 1), host.dataset.clients, host.dataset.total
+    everyone = source.bytes_of(total("train"), clients)
+    if not source.stays(host.works[fleet.sizes.ask.work].batches):
+        held = min(source.budget, 2 * everyone * cohort / clients / hosts)  # of this round, and of the next
+    elif host.memory.kept or cohort == clients:  # a client always comes to the same host
+        held = everyone * (1 - (1 - cohort / clients) ** rounds) / hosts
+    else:
+        held = everyone * (1 - (1 - cohort / clients / hosts) ** rounds)
+    blocks = source.bytes_of(total(score.batches.split), len(source.examples(score.batches)))
+    return int(held + (blocks / hosts if source.stays(score.batches) else 0))
 
 
 def _one_batch(host: Host, work: ClientWork, shared: Tree) -> None:
@@ -137,7 +150,6 @@ def show_plan(
     cohort_of: Callable[[int], Cohort],
     rounds: int,
     score: ClientWork,
-    budget: int,
     console: Console,
 ) -> None:
     """Print what each rank will do in the first two rounds, and what that moves and holds."""
@@ -150,7 +162,7 @@ def show_plan(
             f"round {number}: {plan.clients.sum()} clients, {plan.steps.sum()} steps, "
             f"{plan.bytes_down} bytes down, {plan.bytes_up} bytes up"
         )
-    server, host = expected_memory(fleet, algorithm, state, score, budget)
+    server, host = expected_memory(fleet, algorithm, state, score, rounds)
     if fleet.comm.size == 1:
         console.say(f"memory: about {readable_bytes(server)} in this process")
     else:

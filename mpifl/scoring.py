@@ -29,22 +29,28 @@ class Scorer:
 
     @staticmethod
     def of(
-        algorithm: Algorithm, model: Model, metrics: dict[str, Metric], dataset: Any, rows: int = 0, seed: int = 0
+        algorithm: Algorithm,
+        model: Model,
+        metrics: dict[str, Metric],
+        dataset: Any,
+        rows: int = 0,
+        seed: int = 0,
+        size: int = BLOCK,
     ) -> Scorer:
-        """Score on split "test" if there is one, else on "train"; a client on its own test rows if it has any.
+        """Score on split "test" if it has rows, else on "train"; a client on its own test rows if it has any.
 
-        rows: score about so many, in whole blocks that are a function of the seed (0: all).
+        rows: score about so many, in whole blocks of `size` that are a function of the seed (0: all).
         """
-        split = "test" if "test" in dataset.splits else "train"
+        split = "test" if "test" in dataset.splits and dataset.total("test") else "train"
         own = "test" if split == "test" and dataset.aligned("test") else "train"
-        personal, blocks = algorithm.personal, -(-dataset.total(split) // BLOCK)
+        personal, blocks = algorithm.personal, -(-dataset.total(split) // size)
         return Scorer(
-            central=scoring(model, metrics, split, "block"),
-            clients=scoring(model, metrics, own, "client", numbers_only=True),
-            personal=scoring(model, metrics, own, "client", personal.theta) if personal else None,
+            central=scoring(model, metrics, split, "block", size=size),
+            clients=scoring(model, metrics, own, "client", numbers_only=True, size=size),
+            personal=scoring(model, metrics, own, "client", personal.theta, size=size) if personal else None,
             split=split,
             client_split=own,
-            blocks=sample(fold(seed, "evaluate"), blocks, -(-rows // BLOCK) if rows else blocks),
+            blocks=sample(fold(seed, "evaluate"), blocks, -(-rows // size) if rows else blocks),
         )
 
     @property

@@ -46,11 +46,11 @@ class Session:
         torch.set_num_threads(job.run.threads)
         parts = build(job)
         what = (parts.algorithm, parts.model, parts.metrics, parts.dataset)
-        scorer = Scorer.of(*what, job.run.eval_rows, job.seed)
+        scorer = Scorer.of(*what, job.run.eval_rows, job.seed, job.run.eval_batch)
         baselines = None
         if job.baselines:
             batches, opt = solo_training(job)
-            baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer.split)
+            baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer)
         works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
         theta = parts.model.init(fold(job.seed, "init"))
         host = Host(

@@ -257,9 +257,8 @@ def dry_run(path: str | Path, overrides: Sequence[str], comm: World | Alone) -> 
     _introduce(session, console)
     fleet = PlanFleet(session.host, comm.size, session.parts.algorithm.works)
     state = session.parts.algorithm.init(session.theta.clone())
-    budget = job.data.cache_mb << 20
     cohort_of = lambda round: session.cohort(round, fleet)  # noqa: E731
-    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, session.scorer.central, budget, console)
+    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, session.scorer.central, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -353,21 +353,113 @@ def test_a_loss_of_the_users_own_takes_options_from_its_table(own):
     assert loss(scores, {}).tolist() == [11.0, 11.0]
 
 
+TARGETS = """
+import numpy as np
+from mpifl import Feature, MemoryDataset
+
+X = np.zeros((4, 3), np.float32)
+def numbers(): return MemoryDataset([{"x": X, "y": np.zeros(4, np.float32)}])
+def column(): return MemoryDataset([{"x": X, "y": np.zeros((4, 1), np.int64)}])
+def none(): return MemoryDataset([{"x": X}])
+def net(features): return nn.Linear(3, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "line"),
+    [
+        (
+            "column",
+            "cross_entropy",
+            "takes scores (B, classes) and y (B,), here a batch has scores (2, 2) and y (2, 1); f",
+        ),
+        (
+            "column",
+            "token_cross_entropy",
+            "takes scores (B, L, ids) and y (B, L), here a batch has scores (2, 2) and y",
+        ),
+        (
+            "numbers",
+            "cross_entropy",
+            "takes class numbers, column 'y' holds torch.float32; for them name a function of",
+        ),
+        ("none", "cross_entropy", "needs a column 'y'; the dataset has x"),
+    ],
+)
+def test_targets_that_a_loss_cannot_take_are_refused(own, data, loss, line):
+    own(TARGETS)
+    found = refusal(f"data.path=own_parts:{data}", "model.name=own_parts:net", f"model.loss={loss}")
+    assert found.startswith(f"loss {loss} {line}")
+
+
+def test_sequences_are_no_single_labels_and_the_other_way_round(own):
+    own(TEXT)
+    line = refusal("data.path=own_parts:text", "model.loss=cross_entropy", job=OF_TEXT)
+    assert line.endswith("scores (2, 6, 9) and y (2, 6); for sequences there is token_cross_entropy")
+    line = refusal("model.loss=token_cross_entropy")
+    assert line.endswith("scores (2, 10) and y (2,); for single labels there is cross_entropy")
+
+
+NARROW = """
+def few_scores(features): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+class Fails(nn.Linear):
+    def forward(self, x): raise self.error
+
+def silent(features):
+    net = Fails(64, 10)
+    net.error = TypeError()
+    return net
+
+def talkative(features):
+    net = Fails(64, 10)
+    net.error = ValueError("no such shape\\nand more")
+    return net
+
+def few_ids(features): return nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 9))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("few_scores", "the model gives 3 scores, and column 'y' has 10 classes; it must give one for each"),
+        ("silent", "model own_nets:silent cannot be run on column 'x', a batch of (2, 8, 8): TypeError"),
+        ("talkative", "model own_nets:talkative cannot be run on column 'x', a batch of (2, 8, 8): no such shape"),
+        (
+            "few_ids",
+            "model own_nets:few_ids cannot be run on column 'x', a batch of (2, 6): index out of range in self",
+        ),
+    ],
+)
+def test_a_net_that_does_not_fit_the_data_is_refused_before_training(own, name, line):
+    own(TEXT)
+    own(NARROW, "own_nets")
+    data = "own_parts:text" if name == "few_ids" else "digits"
+    assert refusal(f"data.path={data}", f"model.name=own_nets:{name}", "run.metrics=[]") == line
+
+
+def test_fewer_scores_than_classes_are_for_losses_of_the_users_own(own):
+    own(NARROW, "own_nets")
+    own("def first(scores, batch): return scores[:, 0]")
+    build(load(JOB, ["model.name=own_nets:few_scores", "model.loss=own_parts:first", "run.metrics=[]"]))
+
+
 @pytest.mark.parametrize(
     ("loss", "line"),
     [
         (
             "{name='token_cross_entropy', length=3}",
-            "there is no token_cross_entropy option 'length' (allowed: expected_length)",
+            "there is no loss token_cross_entropy option 'length' (allowed: expected_length)",
         ),
-        ("{name='token_cross_entropy', batch=3}", "there is no token_cross_entropy option 'batch' (allowed: expected"),
+        ("{name='token_cross_entropy', batch=3}", "there is no loss token_cross_entropy option 'batch' (allowed: exp"),
         (
             "{name='token_cross_entropy', expected_length='x'}",
-            "token_cross_entropy.expected_length is 'x'; it must be a",
+            "loss token_cross_entropy.expected_length is 'x'; it must be a",
         ),
         ("{name='token_cross_entropy', expected_length=0}", "token_cross_entropy's expected_length is 0.0; it must be"),
-        ("{expected_length=3}", "model.loss is {'expected_length': 3}; write a name, or a table such as"),
-        ("{name='own_parts:pulled'}", "own_parts:pulled needs strength (options: strength, base)"),
+        ("{expected_length=3}", "model.loss has {'expected_length': 3}; write a name, or a table such as"),
+        ("{name='own_parts:pulled'}", "loss own_parts:pulled needs strength (options: strength, base)"),
         ("{name='no_such'}", "there is no loss (or package.module:function) 'no_such' (allowed: cross_entropy, "),
     ],
 )

@@ -72,6 +72,7 @@ def test_unknown_keys_and_choices_are_answered_with_what_is_allowed(override, li
         ("baseline_epochs=0", "baseline_epochs is 0; it must be at least 1"),
         ("run.threads=0", "run.threads is 0; it must be at least 1"),
         ("run.eval_every=0", "run.eval_every is 0; it must be at least 1"),
+        ("run.eval_batch=0", "run.eval_batch is 0; it must be at least 1"),
         ("run.memory_mb=-1", "run.memory_mb is -1; it must be at least 0"),
         ("data.cache_mb=-1", "data.cache_mb is -1; it must be at least 0"),
         ("model.name=3", '[model] needs a name, e.g. name = "mlp"'),

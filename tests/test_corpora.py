@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from prepared import central, clients, joined, pairs, prepare, refused, the
 
-from data_prep import archive, cifar10, cifar100, emnist, images, mnist
+from data_prep import archive, cifar10, cifar100, conversion, emnist, images, mnist
 from data_prep.__main__ import main
+from mpifl.config import UserError
 from mpifl.data.shard import Dataset, Feature
 
 REAL = os.environ.get("MPIFL_REAL_DATA")
@@ -381,6 +383,39 @@ def test_no_images_at_all_say_what_must_be_there(tmp_path):
     assert "--size 0 3: both must be at least 1" in refused(images, tmp_path / "in", "--size", 0, 3)
 
 
+def test_what_the_system_will_not_read_is_refused_by_name(tmp_path, monkeypatch):
+    source = files.write_files(tmp_path / "in", {"train/a/1.png": GOOD, "train/b/1.png": GOOD})
+    (source / "train/a/2.png").symlink_to("nowhere")
+    assert "train/a/2.png: cannot be decoded (No such file or directory)" in refused(images, source, "--clients", 1)
+    (source / "train/a/2.png").unlink()
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("train/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert refused(images, source) == f"{source / 'train/b'} cannot be read: Permission denied"
+    assert f"{source / 'nowhere.tar'} cannot be read: No such file" in refused_content(source / "nowhere.tar")
+
+
+def refused_content(path):
+    with pytest.raises(UserError) as caught:
+        archive.content(path)
+    return str(caught.value)
+
+
+def test_names_of_splits_are_refused_before_anything_is_read(tmp_path):
+    source = files.write_files(tmp_path / "in", {"train/a/1.png": GOOD, "train/a/2.png": GOOD, "val-1/a/1.png": GOOD})
+    assert "'val-1' cannot name a split" in refused(images, source, "--clients", 1)
+    (source / "val-1").rename(source / "test")
+    shutil.copytree(source / "test", source / "central_test")
+    assert [split.name for split in prepare(images, source, "--clients", 1).splits] == ["train", "central_test", "test"]
+    said = refused(images, source, "--clients", 1, "--hold-out", 0.5)  # "test" becomes central_test too
+    assert "two splits would be named 'central_test'" in said
+
+
 def test_unpacking_on_a_full_disk_says_so(tmp_path, monkeypatch):
     (tmp_path / "a.tar.gz").write_bytes(files.tar({"train/a/1.png": GOOD}, "gz"))
     full = open("/dev/full", "w+b", buffering=0)  # noqa: SIM115 - closed by who is given it
@@ -398,7 +433,8 @@ def test_without_pillow_images_say_what_to_install(tmp_path, monkeypatch):
 # ---- whole conversions
 
 
-def test_a_tar_is_converted_by_other_processes_as_by_this_one(tmp_path, capsys):
+def test_a_tar_is_converted_by_other_processes_as_by_this_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(conversion, "PIECE_BYTES", 1)  # a piece for each client
     (tmp_path / "in.tar.gz").write_bytes(files.tar(as_files(pictures()), "gz"))
     command = ["images", "--source", str(tmp_path / "in.tar.gz"), "--clients", "2", "--jobs", "2"]
     assert main([*command, "--about", "pets", "--out", str(tmp_path / "out")]) == 0

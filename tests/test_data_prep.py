@@ -108,7 +108,7 @@ def test_each_has_help_of_its_own(capsys, name):
 
 
 def test_the_command_is_recorded_without_the_paths_of_a_machine(source, tmp_path):
-    for number, words in enumerate((["--source", str(source)], [f"--source={source}"])):
+    for number, words in enumerate((["--source", str(source)], [f"--source={source}"], ["--source", f"{source}/"])):
         out = tmp_path / f"out{number}"
         assert main(["mnist", *words, "--clients", "2", "--per-label", "1", "--jobs", "1", "--out", str(out)]) == 0
         dataset = Dataset(out)

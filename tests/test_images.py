@@ -6,7 +6,9 @@ import torch
 from quadratics import MODEL
 from torch.func import vmap
 
+import mpifl
 from mpifl.build import build
+from mpifl.comm import Alone
 from mpifl.config import UserError, load
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Feature
@@ -164,23 +166,28 @@ def test_what_is_standardized_is_what_the_net_sees():
 
 def dataset():
     rng = np.random.default_rng(1)
-    client = {"x": rng.integers(0, 256, (6, 3, 32, 32)).astype("uint8"), "y": np.arange(6).astype("uint8")}
+    clients = [
+        {"x": rng.integers(0, 256, (n, 3, 32, 32)).astype("uint8"), "y": np.arange(n).astype("uint8")}
+        for n in (6, 3, 5)
+    ]
     features = {
         "x": Feature("uint8", (3, 32, 32), mean=128.0, std=64.0),
         "y": Feature("uint8", (), classes=100),
         "flat": Feature("float32", (4,)),
     }
-    return MemoryDataset([client | {"flat": np.zeros((6, 4), "float32")}], features=features)
+    return MemoryDataset(
+        [one | {"flat": np.zeros((len(one["y"]), 4), "float32")} for one in clients], features=features
+    )
 
 
 def job(images, name="logistic", **model):
     own = {"path": "test_images:dataset"}
     table = {"rounds": 1, "data": own, "model": {"name": name, "images": images, **model}}
-    return load(table | {"algorithm": {"name": "fedavg"}})
+    return table | {"algorithm": {"name": "fedavg"}}
 
 
 def test_the_net_is_built_for_and_fed_what_it_sees_in_training_and_in_evaluation():
-    model = build(job({"crop": 24, "flip": True, "standardize": True})).model
+    model = build(load(job({"crop": 24, "flip": True, "standardize": True}))).model
     assert model.size == 172_900
     x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch, theta = {"x": x, "index": torch.arange(6), "y": torch.arange(6)}, model.init(1)
@@ -193,6 +200,20 @@ def test_the_net_is_built_for_and_fed_what_it_sees_in_training_and_in_evaluation
     keys = torch.stack([as_tensor(1), as_tensor(2)])
     together = vmap(lambda key: model.grad_and_loss(theta, batch | {"key": key}))(keys)
     torch.testing.assert_close(together[0][1], other[0])
+
+
+@pytest.mark.mpi(ranks=3, timeout=90)
+def test_augmented_clients_give_the_same_bits_on_three_ranks_and_in_one_process(tmp_path):
+    images = {"pad": 2, "crop": 24, "flip": True}
+    world = mpifl.run(job(images), [f"run.out={tmp_path / 'world'}"])
+    if world is None:
+        return  # a host: rank 0 compares
+
+    alone, unflipped = (
+        mpifl.run(job(images | {"flip": flip}), [f"run.out={tmp_path / str(flip)}"], comm=Alone())
+        for flip in (True, False)
+    )
+    assert world["ranks"] == 3 and world["digest"] == alone["digest"] != unflipped["digest"]
 
 
 def own_model(features):
@@ -219,4 +240,4 @@ def own_model(features):
 )
 def test_what_does_not_fit_is_refused_in_one_line(images, model, line):
     with pytest.raises(UserError, match=f"^{line}"):
-        build(job(images, **model))
+        build(load(job(images, **model)))

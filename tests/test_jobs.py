@@ -1,12 +1,15 @@
 """Every job file trains, on a few made-up clients in the format of its data."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mpifl
+from data_prep import __main__ as data_prep
 from mpifl import Feature, ShardWriter
+from mpifl.config import load
 
 JOBS = {path.stem: path for path in (Path(__file__).parent.parent / "jobs").glob("*.toml")}
 TOKENS = {
@@ -22,6 +25,8 @@ FEATURES = TOKENS | {
         ("cifar100", (3, 32, 32), (129.0, 124.0, 112.0), (68.0, 65.0, 70.0), 100),
     )
 }
+for name in ("emnist", "stackoverflow"):  # as their converters write them
+    FEATURES[name] = FEATURES[name] | {"domain_id": Feature("uint8", (), classes=2)}
 ELSEWHERE = {"imdb_albert"}  # needs a checkpoint: tests/test_hf.py makes one
 
 
@@ -43,9 +48,9 @@ def test_a_job_trains(tmp_path, name):
     with ShardWriter(tmp_path / "data", features) as writer:
         writer.write("train", [(f"client-{i}", rows(features, 3, i)) for i in range(3)])
         writer.central("test", rows(features, 5, 9))
-    small = ["rounds=2", "cohort=2", "seeds=1", "baselines=false", f"data.path={tmp_path / 'data'}"]
+    small = ["rounds=1", "cohort=2", "seeds=1", "baselines=false", f"data.path={tmp_path / 'data'}"]
     summary = mpifl.run(JOBS[name], [*small, f"run.out={tmp_path / 'out'}"])
-    assert summary["rounds"] == 2 and all(np.isfinite(np.ravel(score)).all() for score in summary["scores"].values())
+    assert summary["rounds"] == 1 and all(np.isfinite(np.ravel(score)).all() for score in summary["scores"].values())
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
@@ -53,3 +58,15 @@ def test_a_job_begins_with_what_it_reproduces_and_says_how_its_data_are_made(nam
     text = JOBS[name].read_text(encoding="utf-8")
     assert text.startswith("# ") and "xpected" in text.split("rounds =")[0]
     assert 'made_by = "python -m data_prep ' in text
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_the_command_that_makes_a_jobs_data_lacks_nothing_but_its_source(name, tmp_path, monkeypatch, capsys):
+    data = load(JOBS[name]).data
+    words = shlex.split(data.made_by)
+    if "hf" in words:
+        pytest.importorskip("datasets", reason='needs the extra prep: pip install -e ".[prep]"')
+    assert words[:3] == ["python", "-m", "data_prep"] and words[-2:] == ["--out", data.path]
+    monkeypatch.chdir(tmp_path)
+    assert data_prep.main(words[3:]) == 2
+    assert words[words.index("--source") + 1] in capsys.readouterr().err and not any(tmp_path.iterdir())

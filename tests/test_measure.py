@@ -158,6 +158,16 @@ def test_ratios_of_single_clients_are_undefined_where_nothing_counts():
     np.testing.assert_array_equal(ratios(vectors)["hits"], [[0.75, 0.25], [0.0, 0.25]])
 
 
+def test_scoring_is_without_the_key_of_training():
+    seen = []
+    model = Model(
+        1, GIVEN["classes"].init, lambda theta, batch: seen.append("key" in batch) or batch["scores"], cross_entropy
+    )
+    keyed = batch_of(examples("classes", 5)) | {"key": torch.tensor(1)}
+    visit(scoring(model, {}, "test", "block"), {"theta": torch.zeros(1)}, None, [keyed])
+    assert seen == [False]
+
+
 def test_numbers_only_leaves_out_what_is_more_than_a_number():
     work = scoring(GIVEN["classes"], METRICS_OF["classes"], "test", "client", numbers_only=True)
     stats = visit(work, {"theta": torch.zeros(1)}, None, [batch_of(examples("classes", 5))]).stats
@@ -433,6 +443,19 @@ def test_rows_of_clients_keep_the_shape_of_a_stat():
         np.testing.assert_array_equal(counts.sum(axis=1), np.bincount(labels, minlength=CLASSES))
 
 
+def test_rows_scored_at_a_time_change_no_score(tmp_path):
+    few, many = (
+        mpifl.run(job("classes", tmp_path / str(size), rounds=1), [f"run.eval_batch={size}"]) for size in (100, 512)
+    )
+    assert few["digest"] == many["digest"]
+    for name, value in many["scores"].items():
+        assert few["scores"][name] == pytest.approx(np.asarray(value), rel=1e-6), name
+    table = load(job("classes", "unused", baselines=True), ["run.eval_batch=100", "run.eval_rows=201"])
+    session = Session.open(table, Alone(), Clock())
+    works = (*session.scorer.works, session.baselines.score)
+    assert {work.batches.size for work in works} == {100} and len(session.scorer.blocks) == 3
+
+
 def test_seeds_give_mean_and_deviation_of_vectors_too(tmp_path):
     summary = mpifl.run(job("classes", tmp_path / "out", rounds=1, seeds=2, cohort=2))
     vectors = [each["scores"]["per_domain"] for each in summary["seeds"]]
@@ -444,7 +467,7 @@ def test_seeds_give_mean_and_deviation_of_vectors_too(tmp_path):
 @pytest.mark.parametrize(
     ("metrics", "line"),
     [
-        ("[{k = 5}]", "run.metrics has {'k': 5}; write a name, or a table such as {name = \"top_k\", k = 5}"),
+        ("[{k = 5}]", "run.metrics has {'k': 5}; write a name, or a table such as {name = \"accuracy\"}"),
         ('[{name = "top_k", K = 5}]', "there is no metric top_k option 'K' (allowed: k)"),
         ('[{name = "top_k", k = "5"}]', "metric top_k.k is '5'; it must be an integer"),
         ('[{name = "top_k", k = 0}]', "metric top_k: k is 0; it must be from 1 to the 3 classes scored"),
@@ -483,6 +506,16 @@ def test_metrics_that_cannot_be_collected_are_refused_in_one_line(metrics, line)
 def test_metrics_of_single_labels_refuse_sequences(name):
     with pytest.raises(UserError, match=r"y \(2, 7\); for sequences there is token_accuracy"):
         build(load(job("tokens", "unused") | {"run": {"metrics": [name]}}))
+
+
+def test_a_domain_beyond_those_asked_for_is_not_left_out_in_silence():
+    columns = examples("classes", 9)
+    assert columns["domain_id"].max() == 1
+    line = "per_domain: domains is 1, and there is a domain_id 1; it must be more"
+    with pytest.raises(UserError, match=line):
+        per_domain(columns["scores"], columns, accuracy, domains=1)
+    with pytest.raises(UserError, match=line):
+        build(load(job("classes", "unused"), ['run.metrics=[{name="per_domain", metric="accuracy", domains=1}]']))
 
 
 def test_ids_that_are_not_scored_and_too_many_classes_are_refused():

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mpifl.config import to_toml
+from mpifl.comm import Alone
+from mpifl.config import load, to_toml
+from mpifl.engine.clock import Clock
+from mpifl.messages import NOBODY
+from mpifl.plan import PlanFleet, expected_data
+from mpifl.session import Session
 
 TESTS = Path(__file__).parent
 ENV = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-pytestmark = pytest.mark.launches
 
 ALGORITHMS = {
     "fedavg": {"name": "fedavg", "batches": {"size": 4, "epochs": 2}},
@@ -30,6 +34,7 @@ def planned(text):
     return figures, memory
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("algorithm, ranks", [*((algorithm, 4) for algorithm in ALGORITHMS), ("mime", None)])
 def test_plan_equals_what_the_run_counts(launch, tmp_path, algorithm, ranks):
     job = tmp_path / "job.toml"
@@ -55,6 +60,7 @@ def test_plan_equals_what_the_run_counts(launch, tmp_path, algorithm, ranks):
         assert expected * 2**20 == pytest.approx(measured, rel=0.25)
 
 
+@pytest.mark.launches
 def test_planned_memory_holds_where_client_memory_dominates(launch, tmp_path):
     """100 clients that keep 4.3 MB each: two hosts hold half of them, and a round's new rows beside them."""
     job = tmp_path / "job.toml"
@@ -72,3 +78,31 @@ def test_planned_memory_holds_where_client_memory_dominates(launch, tmp_path):
     assert resident[1] > resident[0] + 250 * 2**20
     for expected, measured in zip([*memory, memory[1]], resident, strict=True):
         assert expected * 2**20 == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("rounds", [1, 5, 40])
+@pytest.mark.parametrize("cohort", [12, 0])
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_planned_data_is_what_hosts_get_to_hold_as_cohorts_change(tmp_path, algorithm, cohort, rounds):
+    algorithm = {"name": algorithm, "batches": {"size": 4}}
+    data, model = {"path": "parts:many_clients"}, {"name": "parts:net_with_dropout"}
+    table = {"rounds": rounds, "cohort": cohort, "data": data, "model": model, "algorithm": algorithm}
+    session = Session.open(load(table), Alone(), Clock())
+    fleet = PlanFleet(session.host, 5, session.parts.algorithm.works)
+    place, seen = fleet._place, {rank: set() for rank in range(1, 5)}
+
+    def noted(work, ids):
+        homes = place(work, ids)
+        for id, rank in zip(ids.tolist(), homes.tolist()):
+            seen[rank].add(id)
+        return homes
+
+    fleet._place = noted
+    state = session.parts.algorithm.init(session.theta)
+    for round in range(rounds):
+        fleet.plan(session.parts.algorithm, state, session.cohort(round, fleet), NOBODY)
+    source, test = session.host.source, session.scorer.central
+    clients = sum(source.bytes_of(5 * len(ids), len(ids)) for ids in seen.values()) / 4
+    blocks = source.bytes_of(1030, 3) / 4  # 512, 512 and 6 rows
+    assert expected_data(fleet, test, rounds) == pytest.approx(clients + blocks, rel=0.1)
+    session.close()

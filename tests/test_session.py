@@ -3,10 +3,12 @@
 import math
 
 import pytest
+from parts import awkward_dataset
 
 import mpifl
 from mpifl.comm import Alone
 from mpifl.config import UserError, load
+from mpifl.data.writer import ShardWriter
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet
 from mpifl.session import Session
@@ -75,6 +77,20 @@ def test_upload_named_by_the_data_is_refused_with_both_names(tmp_path):
 
 def test_wide_unsigned_labels_train(tmp_path):
     assert mpifl.run(job(tmp_path, data={"path": "parts:token_dataset"}))["accuracy"] > 0.2
+
+
+def test_test_split_without_a_row_is_none_at_all(tmp_path):
+    """Its loss and accuracy would be printed as 0."""
+    plain, scores = awkward_dataset(), {}
+    for name, rows_of_test in (("without", None), ("empty", 0), ("some", 4)):
+        with ShardWriter(tmp_path / name, plain.features) as writer:
+            writer.write("train", ((plain.client_id("train", i), plain.client("train", i)) for i in range(12)))
+            if rows_of_test is not None:
+                held = plain.rows("test", 0, rows_of_test)
+                writer.write("test", [("0", held), ("3", plain.client("train", 3))])  # client 3 has no row
+        data, run = {"path": str(tmp_path / name)}, {"out": str(tmp_path / f"{name} out")}
+        scores[name] = mpifl.run(job(tmp_path, data=data, run=run))["scores"]
+    assert scores["without"] == scores["empty"] != scores["some"]
 
 
 def test_fewer_rows_are_scored_in_whole_blocks_that_follow_from_the_seed(tmp_path):

@@ -283,6 +283,17 @@ def test_altered_order_of_shards_is_found_when_one_is_touched(planted, open_data
         open_dataset(planted).client("train", 1)
 
 
+@pytest.mark.parametrize("firsts", [(1, 2, 6), (0, 0, 6), (0, 6, 2), (0, 2, 7), (0, 2, 9)])
+def test_shards_that_do_not_follow_one_another_are_refused_at_open(planted, firsts):
+    with h5py.File(planted / "index.h5", "r+") as index:
+        replace_text(
+            index["splits/train"],
+            "shards",
+            lambda shards: [shard.update(first=first) for shard, first in zip(shards, firsts)],
+        )
+    assert "index.h5: shards of split 'train' do not follow one another" in refused(planted)
+
+
 @pytest.mark.parametrize(("column", "row"), [("t", 0), ("lengths/t", 7), ("x", 7), ("y", 7)])
 @pytest.mark.parametrize("touch", [lambda d: d.client("train", 5), lambda d: d.rows("train", 13, 14)])
 def test_flipped_bit_is_found_at_first_touch_of_its_client(planted, open_dataset, column, row, touch):
@@ -477,6 +488,19 @@ def test_shard_cut_while_it_is_read_is_no_empty_client(planted, open_dataset):
         dataset.client("train", 5)
 
 
+def test_rows_that_the_file_system_does_not_give_are_named(planted, open_dataset, monkeypatch):
+    dataset = open_dataset(planted)
+    dataset.check("train", 1)
+
+    def preadv(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(column.os, "preadv", preadv)
+    with pytest.raises(UserError, match=r"train-00001\.h5: rows of '\w' cannot be read .*Input/output error") as error:
+        dataset.client("train", 5)
+    assert one_line(error)
+
+
 def test_compressed_rows_that_cannot_be_unpacked_are_named(tmp_path, open_dataset):
     storage = {"chunks": True, "compression": "gzip"}
     planted = plant(tmp_path / "d", {"train": (clients(), (0, 7), False)}, **storage)
@@ -508,6 +532,20 @@ def test_read_only_folder_is_read_and_left_as_it_is(planted, open_dataset):
     assert_same(open_dataset(planted).rows("train", 0, 16), concatenated(clients()))
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in planted.iterdir()} == before
     planted.chmod(0o755)
+
+
+def test_folder_that_may_not_be_entered_is_refused_in_one_line(planted):
+    planted.chmod(0)
+    owner = os.geteuid()
+    try:
+        if owner == 0:  # whom nothing is forbidden
+            os.seteuid(65534)
+        with pytest.raises(UserError, match=f"{planted} cannot be read: no permission") as error:
+            Dataset(planted)
+    finally:
+        os.seteuid(owner)
+        planted.chmod(0o755)
+    assert one_line(error)
 
 
 def test_two_readers_share_a_dataset(planted, open_dataset):

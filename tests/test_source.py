@@ -1,17 +1,28 @@
-"""What a host reads: whose rows, what stays in memory, what is fetched ahead; and copies on a node's own disk."""
+"""What a host reads: whose rows, what stays in memory and on which rank, what is fetched ahead."""
 
+import shutil
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shard_files import flip
 
-from mpifl.config import UserError
-from mpifl.data import staging
+import mpifl
+from mpifl.comm import Alone, connect
+from mpifl.config import UserError, load
+from mpifl.data import shard
+from mpifl.data.batches import batches
+from mpifl.data.format import Feature
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Dataset, embedded
 from mpifl.data.source import OBJECT_BYTES, Source
-from mpifl.data.staging import stage
+from mpifl.engine.clock import Clock
+from mpifl.fleet import Fleet
+from mpifl.rand import fold, sample
+from mpifl.session import Session
 from mpifl.work import Batching
 
 
@@ -48,6 +59,12 @@ def source_of():
     yield source_of
     for source in made:
         source.close()
+
+
+def wait_for(source):
+    """Let the thread read all that it was given."""
+    for future, _ in list(source._ahead.values()):
+        future.exception()
 
 
 def by_prefetch(reads):
@@ -102,20 +119,78 @@ def test_clients_fetched_ahead_are_read_once_and_by_another_thread(source_of):
     assert 2 in by_prefetch(data.reads)
 
 
-def test_no_more_is_fetched_ahead_than_the_budget_holds(source_of):
+def test_what_is_fetched_ahead_never_exceeds_the_budget_and_goes_on_as_it_is_used(source_of):
+    data = Counting([{"x": np.full(n, n, np.float32)} for n in (5, 5, 5, 500, 5, 5)])
+    data.reads = []
+    source = source_of(data, holding(10, 2))  # two clients; client 3 alone is too large
+    source.prefetch(Batching(), np.arange(6))
+    for id in range(6):
+        wait_for(source)
+        assert len(source._ahead) <= 2 and source._ahead_bytes == holding(5, 1) * len(source._ahead)
+        assert source.columns(Batching(), id)["x"].tolist() == [data.sizes("train")[id]] * data.sizes("train")[id]
+    assert [index for index, _ in data.reads] == [0, 1, 2, 3, 4, 5]
+    assert by_prefetch(data.reads) == [0, 1, 2, 4, 5]
+    assert source._ahead_bytes == 0 and not source._coming
+
+
+def test_a_resident_split_leaves_no_more_than_the_rest_of_the_budget_to_others(source_of):
     data = small_dataset()
-    source = source_of(data, holding(4 + 7, 2) - 1)  # of clients 0 and 2
+    central = Batching(size=3, of="block", split="test")
+    source = source_of(data, holding(5, 2) + holding(4, 1))
+    source.columns(central, 0)
     source.prefetch(Batching(), np.array([0, 2]))
-    source.close()
-    assert by_prefetch(data.reads) == [0]
+    assert [id for _, _, id, _ in source._ahead] == [0]
 
 
-def test_what_was_fetched_for_others_is_dropped(source_of):
+def test_a_split_that_stays_is_fetched_whole_and_read_once(source_of):
+    data = small_dataset()
+    source = source_of(data, holding(11, 3))
+    for _ in range(3):
+        source.prefetch(Batching(), np.array([2, 0]))
+        wait_for(source)
+        assert [source.columns(Batching(), id)["x"].tolist()[0] for id in (2, 0)] == [4, 0]
+    assert by_prefetch(data.reads) == [2, 0]
+
+
+def test_what_was_fetched_for_others_is_dropped_and_what_is_still_wanted_kept(source_of):
     data = small_dataset()
     source = source_of(data, holding(11, 3) - 1)
-    source.prefetch(Batching(), np.array([0]))
-    source.prefetch(Batching(), np.array([2]))
-    assert [id for _, _, id, _ in source._ahead] == [2]
+    for ids in ([0, 1], [1, 2]):
+        source.prefetch(Batching(), np.array(ids))
+        wait_for(source)
+    assert {id for _, _, id, _ in source._ahead} == {1, 2} and by_prefetch(data.reads) == [0, 1, 2]
+    assert source._ahead_bytes == source.bytes_of(0 + 7, 2)
+
+
+def test_wide_integers_count_as_they_lie_in_memory(source_of):
+    data = MemoryDataset([{"x": np.zeros((4, 3), np.uint16), "y": np.zeros(4, np.uint8)}])
+    source = source_of(data)
+    columns = source.columns(Batching(), 0)
+    assert columns["y"].dtype == torch.uint8
+    assert 4 * source.row_bytes == sum(column.nbytes for column in columns.values())
+
+
+def test_on_another_device_rows_stay_as_stored_and_become_inputs_there(source_of):
+    features = {"x": Feature("uint8", (2, 4), mean=(1.0, 2.0), std=(1.0, 4.0)), "y": Feature("uint8", (), classes=3)}
+    data = MemoryDataset([{"x": np.zeros((5, 2, 4), np.uint8), "y": np.zeros(5, np.uint8)}], features=features)
+    source = Source(data, 1 << 20, torch.device("meta"))  # it has no numbers: whatever looks at them on the host fails
+    columns = source.columns(Batching(), 0)
+    assert source.columns(Batching(), 0) is columns and {c.dtype for c in columns.values()} == {torch.uint8}
+    for shuffle in (True, False):
+        for batch in batches(columns, features, Batching(size=2, shuffle=shuffle), 0):
+            assert {leaf.device.type for leaf in batch.values()} == {"meta"}
+            assert (batch["x"].dtype, batch["y"].dtype) == (torch.float32, torch.int64)
+    source.close()
+
+
+def test_closing_ends_the_thread_though_much_was_still_to_be_read():
+    data = small_dataset()
+    data.client = lambda split, index: time.sleep(0.05) or {}
+    source, before = Source(data, 1 << 20, torch.device("cpu")), threading.active_count()
+    source.prefetch(Batching(), np.array([0, 1, 2]))
+    assert threading.active_count() == before + 1
+    source.close()
+    assert threading.active_count() == before
 
 
 def test_a_client_that_cannot_be_read_ahead_is_an_error_when_it_is_needed_and_only_then(source_of):
@@ -128,52 +203,93 @@ def test_a_client_that_cannot_be_read_ahead_is_an_error_when_it_is_needed_and_on
         source.columns(Batching(), 2)
 
 
-# ---- copies on a node's own disk
+# ---- a job's rounds
 
 
-def test_a_staged_dataset_is_a_copy_found_again_by_its_digest(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
-    copy = stage(embedded("digits"), "$SCRATCH/shards")
-    assert copy.parent == tmp_path / "scratch" / "shards"
-    original, copied = Dataset(embedded("digits")), Dataset(copy)
-    assert copied.digest == original.digest == copied.recomputed_digest()
-    original.close(), copied.close()
-    monkeypatch.setattr(staging, "_copy", lambda *_: pytest.fail("copied again"))
-    assert stage(embedded("digits"), "$SCRATCH/shards") == copy
+def job(out, data, **changes):
+    algorithm = {"name": "fedavg", "batches": {"size": 4}}
+    table = {"rounds": 4, "cohort": 7, "data": data, "model": {"name": "mlp"}, "algorithm": algorithm}
+    return table | {"run": {"out": str(out), "eval_every": 2}} | changes
 
 
-def test_ranks_of_a_node_copy_once(tmp_path, monkeypatch):
-    copies, copy = [], staging._copy
-    monkeypatch.setattr(staging, "_copy", lambda *paths: (copies.append(paths), copy(*paths)))
-    ranks = [threading.Thread(target=stage, args=(embedded("digits"), str(tmp_path))) for _ in range(4)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert len(copies) == 1
+@pytest.fixture
+def nothing_stays(monkeypatch):
+    """Clients so large that 1 MiB is for a cohort, not for a split."""
+    monkeypatch.setattr("mpifl.data.source.OBJECT_BYTES", 40 << 10)
+    return {"cache_mb": 1}
 
 
-def test_a_copy_that_fails_leaves_nothing_that_looks_like_one(tmp_path, monkeypatch):
-    def full(source, target):
-        target.mkdir()
-        raise OSError(28, "No space left on device")
+def test_clients_of_a_round_are_read_once_and_while_the_round_before_trains(tmp_path, nothing_stays, monkeypatch):
+    reads, client = [], MemoryDataset.client
+    note = lambda of: reads.append((of, threading.current_thread().name.startswith("prefetch")))  # noqa: E731
+    monkeypatch.setattr(MemoryDataset, "client", lambda self, split, of: note(of) or client(self, split, of))
+    session = Session.open(load(job(tmp_path, data={"path": "parts:many_clients"} | nothing_stays)), Alone(), Clock())
+    algorithm, state = session.parts.algorithm, session.parts.algorithm.init(session.theta)
+    fleet = Fleet(Alone(), session.host, of_a_round=algorithm.works)
+    cohorts = [set(session.sampled(round).tolist()) for round in range(5)]
+    for round in range(4):
+        reads.clear()
+        fleet.begin(round, session.sampled(round + 1))
+        state = algorithm.round(state, session.cohort(round, fleet))
+        wait_for(session.host.source)
+        first = cohorts[round] & cohorts[round - 1] if round else cohorts[0]  # nothing is kept for a round after
+        assert sorted(of for of, _ in reads) == sorted([*first, *(cohorts[round + 1] - cohorts[round])])
+        assert {of for of, by_thread in reads if not by_thread} <= first
+    session.close()
 
-    monkeypatch.setattr(staging.shutil, "copytree", full)
-    with pytest.raises(UserError, match=r"data.stage is '.*No space left"):
-        stage(embedded("digits"), str(tmp_path))
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+@pytest.mark.mpi(ranks=3)
+@pytest.mark.parametrize("algorithm", ["fedavg", "mime"])
+def test_prefetch_and_residence_change_no_bit(algorithm, tmp_path, nothing_stays):
+    def results(name, cache_mb, comm):
+        data, batches = {"path": "digits", "cache_mb": cache_mb}, {"size": 4, "max_steps": 3}
+        table = job(tmp_path / name, data, rounds=3, algorithm={"name": algorithm, "batches": batches})
+        summary = mpifl.run(table, comm=comm)
+        return summary and (summary["digest"], summary["loss"])
+
+    found = [results(f"world {cache_mb}", cache_mb, connect()) for cache_mb in (0, 1, 512)]
+    if found[0] is not None:
+        assert {*found} == {results(f"alone {cache_mb}", cache_mb, Alone()) for cache_mb in (0, 1)}
 
 
-def test_a_job_with_staged_data_has_the_same_digest(tmp_path):
-    from mpifl.train import run
+@pytest.mark.launches
+def test_a_client_that_cannot_be_read_ahead_ends_all_ranks_with_one_line_in_the_round_that_needs_it(launch, tmp_path):
+    path = Path(shutil.copytree(embedded("digits"), tmp_path / "digits"))
+    first, second = (sample(fold(0, "cohort", round), 100, 3).tolist() for round in range(2))
+    client = next(client for client in second if client not in first)
+    dataset = Dataset(path)
+    row, name = int(dataset.sizes("train")[:client].sum()), dataset.client_id("train", client)
+    dataset.close()
+    flip(path / "train-00000.h5", "x", row)
+    words = [f"data.path={path}", "rounds=3", "cohort=3", "data.cache_mb=1", f"run.out={tmp_path / 'out'}"]
+    done = launch(3, "-m", "mpifl.train", *words, timeout=30)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("mpifl: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"train-00000.h5: column 'x' of client '{name}' does not match its checksum" in line
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
 
-    algorithm = {"name": "fedavg", "client_opt": {"name": "sgd", "lr": 0.1}, "batches": {"size": 10}}
-    data = {"path": str(embedded("digits"))}
-    job = {"rounds": 2, "cohort": 3, "model": {"name": "mlp"}, "algorithm": algorithm, "data": data}
-    plain = run(job | {"run": {"out": str(tmp_path / "plain")}})
-    staged = job | {
-        "data": job["data"] | {"stage": str(tmp_path / "scratch")},
-        "run": {"out": str(tmp_path / "staged")},
-    }
-    assert run(staged)["digest"] == plain["digest"]
-    assert (tmp_path / "scratch").is_dir()
+
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(ranks=n), id=f"{n} ranks") for n in (3, 5)])
+def test_each_host_reads_and_holds_its_share_through_files_opened_once_and_the_server_none(
+    ranks, tmp_path, monkeypatch
+):
+    """Traps 22 and 23 of the peers: files opened for each client, and every process holding the whole dataset."""
+    opened, open_, reads, held = [], shard._open, [], []
+    client, close = Dataset.client, Source.close
+    monkeypatch.setattr(shard, "_open", lambda path: opened.append(path.name) or open_(path))
+    monkeypatch.setattr(Dataset, "client", lambda self, *which: reads.append(which[1]) or client(self, *which))
+    monkeypatch.setattr(Source, "close", lambda self: held.append(self._resident) or close(self))
+    comm = connect()
+    mpifl.run(job(tmp_path, data={"path": "digits"}, cohort=0), comm=comm)
+    assert opened.count("index.h5") == 1 and len(opened) == len(set(opened))
+    rows = {key: sum(column.nbytes for column in columns.values()) for key, columns in held[0].items()}
+    mine = sum(size for (of, *_), size in rows.items() if of == "client")
+    everyone = comm.gather(np.array(reads, np.int64))
+    all_rows = comm.gather(np.array([mine], np.int64))
+    if comm.rank == 0:
+        assert opened == ["index.h5"] and not rows
+        assert sorted(everyone.view(np.int64).tolist()) == list(range(100))  # over four rounds
+        whole = 1437 * (64 + 1)
+        shares = all_rows.view(np.int64)
+        assert shares[0] == 0 and shares.sum() == whole
+        assert shares[1:].max() < 1.1 * whole / (ranks - 1)

@@ -5,6 +5,7 @@ import json
 import pickle
 import sqlite3
 import tracemalloc
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -255,6 +256,13 @@ def test_fedjax_errors_name_file_client_and_row(tmp_path, clients, problem):
         read(prepare(fedjax_sqlite, "--kind", "shakespeare", "--train", path))
 
 
+def test_fedjax_numbers_that_would_wrap_around_are_refused(tmp_path):
+    client = cifar(1)
+    path = write_fedjax(tmp_path / "a", [(b"0", client | {"image": client["image"].astype(np.uint16)})])
+    with pytest.raises(UserError, match=r"'image' are uint16 \(32, 32, 3\), must be uint8"):
+        read(prepare(fedjax_sqlite, "--kind", "cifar100", "--train", path))
+
+
 def test_fedjax_damage_is_an_error_that_names_the_file(tmp_path):
     def refused(path, problem):
         with pytest.raises(UserError, match=f"{path.name}.*{problem}"):
@@ -281,8 +289,14 @@ def test_fedjax_says_which_files_to_fetch_and_which_options_belong_to_which_kind
         prepare(fedjax_sqlite, "--kind", "emnist", "--source", tmp_path, "--crop", 24)
     with pytest.raises(UserError, match="--source, or else --train"):
         prepare(fedjax_sqlite, "--kind", "emnist")
+    path = write_fedjax(tmp_path / "a", [(b"ROLE", TEXT)])
+    with pytest.raises(UserError, match=r"--source .*/a is no folder; fetch .*--source"):
+        prepare(fedjax_sqlite, "--kind", "emnist", "--source", path)
     with pytest.raises(UserError, match="--length 0"):
-        prepare(fedjax_sqlite, "--kind", "shakespeare", "--source", tmp_path, "--length", 0)
+        prepare(fedjax_sqlite, "--kind", "shakespeare", "--train", path, "--length", 0)
+    path = write_fedjax(tmp_path / "b", [(b"u", {"y": np.arange(2)})])
+    with pytest.raises(UserError, match="--classes 0"):
+        prepare(fedjax_sqlite, "--kind", "plain", "--train", path, "--classes", 0)
 
 
 # ---- LEAF's files
@@ -416,7 +430,9 @@ ONE = {"u": ([[1, 2, 3]], [4])}
         (leaf_json(ONE, users=["u", "v"]), "no lists users and num_samples of one length"),
         (leaf_json(ONE, users=["u", "v"], num_samples=[1, 1]), "user 'v' is in users, but not in user_data"),
         (leaf_json(ONE, users=["u", "u"], num_samples=[1, 1]), "user 'u' is in users twice"),
-        (leaf_json(ONE, users=[], num_samples=[]), "user 'u' has samples, but is not in users"),
+        (leaf_json(ONE | {"v": ([], [])}, users=["v"], num_samples=[0]), "user 'u' has samples, but is not in users"),
+        (leaf_json({}), "there is no user in it"),
+        (leaf_json(ONE, users=[["u"]] * 2, num_samples=[1, 1]), r"user \"\['u'\]\" is in users twice"),
         (leaf_json({"u": ([[1, 2, 3]], [])}), "user 'u' has 1 samples x and 0 labels y"),
         (leaf_json({"u": ([[1, 2, 3]], [4])}, user_data={"u": [1]}), "user 'u' has no lists x and y"),
         (leaf_json({"u": ([[1, 2, 3]], [10])}), "user 'u', sample 0 has label 10; labels are 0 to 9"),
@@ -442,6 +458,8 @@ def test_leaf_text_errors_say_where(tmp_path, monkeypatch):
         good.replace("[[1", "[[1 !"): f"character {good.index('[[1') + 4}: .*found '! ?, 2",
         good[:-1] + ",": f"character {len(good)}: .*the file ends here",
         twice: "user 'u' is in user_data twice",
+        good.replace("[[1", "[" * 9000): r"a\.json: character \d+: .*recursion",
+        good.replace("[[1", "[[" + "1" * 5000): "exceeds the limit .* digits",
     }.items():
         path.write_text(bad)
         with pytest.raises(UserError, match=problem):
@@ -450,6 +468,12 @@ def test_leaf_text_errors_say_where(tmp_path, monkeypatch):
     path.write_bytes(good[:at].encode() + b"\xff" + good[at:].encode())
     with pytest.raises(UserError, match=f"a.json: byte {at} is not UTF-8"):
         read(synthetic(tmp_path))
+
+
+def test_leaf_file_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "a.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"a\.json cannot be read: No such file"):
+        synthetic(tmp_path)
 
 
 def test_leaf_user_in_two_files_is_refused(tmp_path):
@@ -465,7 +489,7 @@ def test_leaf_says_where_its_files_are_made(tmp_path, module):
     (tmp_path / "empty").mkdir()
     (tmp_path / "half" / "test").mkdir(parents=True)
     write_leaf(tmp_path / "half" / "test" / "a.json", ONE)
-    for folder, problem in {"none": "no folder", "empty": "no .json files", "half": "no folder train"}.items():
+    for folder, problem in {"none": "none is no folder", "empty": "no .json files", "half": "no folder train"}.items():
         with pytest.raises(UserError, match=f"{problem}.*{how}"):
             prepare(module, "--source", tmp_path / folder)
 
@@ -570,6 +594,9 @@ def test_celeba_names_the_image_that_is_missing_or_damaged(celeba, tmp_path):
         read(prepare(leaf_celeba, *celeba))
     path.unlink()
     with pytest.raises(UserError, match=r"user '7', sample 1 is '000003.png', of which there is no file"):
+        read(prepare(leaf_celeba, *celeba))
+    write_leaf(tmp_path / "train" / "all_data.json", {"7": ([[0.5] * 784], [0])})
+    with pytest.raises(UserError, match=r"user '7', sample 0 is \[0.5, .*, must be the name of an image"):
         read(prepare(leaf_celeba, *celeba))
 
 
@@ -677,7 +704,8 @@ def test_synthetic_test_is_the_last_tenth_of_each_client():
 
 
 def test_synthetic_is_made_or_converted_not_both_nor_neither(tmp_path):
-    for arguments in ((), ("--alpha", 1), ("--alpha", 1, "--beta", 1, "--source", tmp_path)):
+    with_source = ("--alpha", 1, "--source", tmp_path)
+    for arguments in ((), ("--alpha", 1), with_source, (*with_source, "--beta", 1)):
         with pytest.raises(UserError, match=r"give --alpha and --beta to make.*or else --source"):
             prepare(leaf_synthetic, *arguments)
     for arguments in (("--alpha", -1, "--beta", 1), ("--alpha", 1, "--beta", 1, "--clients", 0)):
@@ -686,6 +714,12 @@ def test_synthetic_is_made_or_converted_not_both_nor_neither(tmp_path):
 
 
 # ---- to the end
+
+
+def test_every_converter_has_a_name_in_the_program():
+    sources = Path(fedjax_sqlite.__file__).parent.glob("*.py")
+    converters = {path.stem for path in sources if "def prepare(options: argparse.Namespace) ->" in path.read_text()}
+    assert converters == set(CONVERTERS.values())
 
 
 def test_datasets_are_written_whole_whatever_the_number_of_jobs(tmp_path, monkeypatch):

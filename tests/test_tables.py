@@ -46,7 +46,7 @@ def test_table_of_any_kind_becomes_its_clients(tmp_path, kind):
     assert found["north"]["x"].tolist() == [[30, 0.5], [52, -2.0], [85, 5.5]]
     assert found["south"]["x"].tolist() == [[41, 1.25], [74, 4.0]]
     assert [columns["y"].tolist() for columns in found.values()] == [[1], [1, 2, 2], [2, 0]]
-    assert "x of columns age, dose; y of outcome" in made.provenance["made"]
+    assert "x of columns age, dose, without note; y of outcome" in made.provenance["made"]
 
 
 def test_table_columns_are_taken_in_the_order_asked_for(tmp_path):
@@ -92,9 +92,40 @@ def test_rows_for_test_have_the_classes_of_training(tmp_path):
     made = prepare(tables, source, *BY_CLINIC, "--test", test)
     assert central(made)["y"].tolist() == [1, 2, 2] and central(made)["x"][:, 0].tolist() == [30, 41, 52]
     test = written(tmp_path, VISITS | {"outcome": ["well", "?", "?", "well", "!", "?"]}, "csv", "other")
-    assert "other.csv: label '!' (row 5) is none of those for training: dead" in refused(
+    assert "other.csv: row 3: label '?' is none of those for training: dead" in refused(
         tables, source, *BY_CLINIC, "--test", test
     )
+
+
+def test_a_bad_label_is_named_by_its_own_file_of_a_folder(tmp_path):
+    parts = {"who": [1, 2], "v": [1, 2], "y": ["a", "b"]}, {"who": [1, 2], "v": [1, 2], "y": ["a", "c"]}
+    folder = files.write_files(tmp_path / "in", {f"{n}.npz": AS_TABLE["npz"](part) for n, part in enumerate(parts)})
+    options = ("--client-column", "who", "--label-column", "y")
+    assert clients(prepare(tables, folder, *options))["2"]["y"].tolist() == [1, 2]
+    source = written(tmp_path, parts[0])
+    csv = files.write_files(tmp_path / "csv", {f"{n}.csv": files.csv_bytes(part) for n, part in enumerate(parts)})
+    assert "1.csv: row 3: label 'c' is none of those" in refused(tables, source, *options, "--test", csv)
+    numbers = written(tmp_path, {"who": [1, 2], "v": [1, 2], "y": [0.5, 2]}, "npz")
+    assert "1.npz: row 2: label 'c' is none of those" in refused(tables, source, *options, "--test", folder)
+    assert "0.npz: row 1: label 'a' is text" in refused(tables, numbers, *options, "--test", folder)
+
+
+def test_text_with_line_breaks_is_one_value_wherever_a_block_of_the_file_ends(tmp_path):
+    columns = {"who": [f'{row % 2}\n"' for row in range(200_000)], "v": range(200_000)}  # blocks are of 1 MiB
+    path = written(tmp_path, columns)
+    assert path.stat().st_size > 2 << 20
+    found = clients(prepare(tables, path, "--client-column", "who"))
+    assert {client: rows["x"].ravel().tolist() for client, rows in found.items()} == {
+        '0\n"': [*range(0, 200_000, 2)],
+        '1\n"': [*range(1, 200_000, 2)],
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "npz"])
+def test_true_and_false_are_1_and_0(tmp_path, kind):
+    columns = {"who": [1, 1, 2], "on": np.array([True, False, True])}
+    made = prepare(tables, written(tmp_path, columns, kind), "--client-column", "who")
+    assert {client: rows["x"].tolist() for client, rows in clients(made).items()} == {"1": [[1], [0]], "2": [[1]]}
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "npz"])
@@ -136,12 +167,21 @@ PARQUET = files.parquet({"who": ["a", "b"], "v": [1.5, None]})
 BAD_TABLES = {
     "number": ("csv", b"who,v\na,1\nb,z\n", ("--columns", "v"), "column 'v' is not of numbers"),
     "late text": ("csv", b"who,v\n" + b"a,1\n" * 400_000 + b"a,z\n", (), "invalid value 'z'"),
-    "missing number": ("csv", b"who,v\na,1\nb,\n", (), "column 'v' is missing or not finite in row 2"),
+    "late row": ("csv", b"who,v\n" + b"a,1\n" * 400_000 + b"a\n", (), "Row #400002: Expected 2 columns"),
+    "missing number": ("csv", b"who,v\na,1\nb,\n", (), "column 'v' is missing or not finite in row 3"),
+    "missing truth": ("csv", b"who,v\na,true\nb,\n", (), "column 'v' is missing or not finite in row 3"),
+    "missing bit": ("parquet", files.parquet({"who": [1, 2], "v": [True, None]}), (), "not finite in row 2"),
+    "too large": (
+        "parquet",
+        files.parquet({"who": [1, 2], "v": [1, 1e39]}),
+        (),
+        "'v' is too large for float32 in row 2",
+    ),
     "missing in parquet": ("parquet", PARQUET, (), "column 'v' is missing or not finite in row 2"),
     "missing integer": ("parquet", files.parquet({"who": [1, 2], "v": [1, None]}), ("--separate",), "in row 2"),
-    "not finite": ("csv", b"who,v\na,1\nb,inf\n", (), "column 'v' is missing or not finite in row 2"),
-    "missing id": ("csv", b"who,v\na,1\n,2\n", (), "row 2 has no 'who'"),
-    "ragged": ("csv", b"who,v\na,1\nb\n", (), "Expected 2 columns, got 1"),
+    "not finite": ("csv", b"who,v\na,1\nb,inf\n", (), "column 'v' is missing or not finite in row 3"),
+    "missing id": ("csv", b"who,v\na,1\n,2\n", (), "row 3 has no 'who'"),
+    "ragged": ("csv", b"who,v\na,1\nb\n", (), "Row #3: Expected 2 columns, got 1"),
     "not UTF-8": ("csv", UTF8, (), "invalid UTF8"),
     "no rows": ("npz", files.npz({"who": np.empty(0), "v": np.empty(0)}), (), "has no rows"),
     "no numbers": ("csv", b"who,v\na,x\n", (), "has no column of numbers"),
@@ -151,6 +191,7 @@ BAD_TABLES = {
     "cut parquet": ("parquet", PARQUET[:-20], (), "cannot be read"),
     "cut npz": ("npz", files.npz({"who": [1], "v": [1]})[:-20], (), "cannot be read"),
     "lengths": ("npz", files.npz({"who": [1, 2], "v": [1], "w": [1, 2]}), (), "differ in length"),
+    "fewer ids": ("npz", files.npz({"who": [1, 2], "v": [1, 2, 3]}), (), "column 'who' has 2 rows, others 3"),
     "pickled": ("npz", files.npz({"who": np.array(["a", None]), "v": [1, 2]}), (), "neither numbers nor text"),
     "no such column": ("csv", b"wo,v\na,1\n", (), "no column of table.csv 'who'; did you mean 'wo'"),
     "dates": ("parquet", files.parquet({"who": np.array(["2020-01-01"], "M8[ns]"), "v": [1]}), (), "neither numbers"),
@@ -227,7 +268,7 @@ def test_a_split_without_labels_is_refused(tmp_path, tokenizer):
     unlabelled = REVIEWS | {"label": [-1] * 6}  # as in the split "unsupervised" of IMDB
     source = saved(tmp_path, {"train": REVIEWS, "unsupervised": unlabelled}, ["negative", "positive"])
     said = refused(hf, source, "--tokenizer", tokenizer, "--central", "unsupervised")
-    assert "split unsupervised: label '-1' (row 1) is none of those for training: negative, positive" in said
+    assert "split unsupervised: row 1: label '-1' is none of those for training: negative, positive" in said
 
 
 def test_authors_become_clients(tmp_path, tokenizer):
@@ -278,6 +319,6 @@ def test_mistakes_with_saved_datasets_are_one_line(tmp_path, tokenizer):
     assert "'txt'; did you mean 'text'" in refused(hf, source, *named, "--text-column", "txt")
     assert "'labl'; did you mean 'label'" in refused(hf, source, *named, "--label-column", "labl")
     assert "no split" in refused(hf, source, *named, "--central", "test")
-    assert "split extra: label '7' (row 4)" in refused(hf, source, *named, "--central", "extra")
+    assert "split extra: row 4: label '7'" in refused(hf, source, *named, "--central", "extra")
     assert "--length 1" in refused(hf, source, *named, "--length", 1)
     assert "row 1 has no text in 'label' but 1" in refused(hf, source, *named, "--text-column", "label")

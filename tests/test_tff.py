@@ -1,12 +1,17 @@
 """TFF's HDF5 files into datasets: on files of the published layout, and on the real ones if MPIFL_REAL_DATA is set."""
 
+import errno
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 import tff_files
 
-from data_prep import conversion, tff_cifar100, tff_emnist, tff_shakespeare, tff_stackoverflow
+from data_prep import conversion, tff, tff_cifar100, tff_emnist, tff_shakespeare, tff_stackoverflow, words
 from data_prep.__main__ import main
 from data_prep.text import CHARACTERS, char_ids, id_table, most_frequent, sentences, symbols, windows, word_ids
 from mpifl.config import UserError
@@ -294,7 +299,23 @@ def test_vocabulary_of_ten_thousand_has_oov_10003(posts, tmp_path):
 def test_published_counts_keep_the_order_of_the_file_among_equals(tmp_path, as_json):
     counts, path = {"of": 7, "zz": 9, "a": 7, "}": 7}, tmp_path / "stackoverflow.word_count"
     path.write_text(json.dumps(counts) if as_json else "".join(f"{w} {n}\n" for w, n in counts.items()))
-    assert most_frequent(tff_stackoverflow.read_counts(path), 3) == ("zz", "of", "a")
+    assert most_frequent(words.read_counts(path), 3) == ("zz", "of", "a")
+
+
+def test_counted_words_may_hold_any_white_space_but_spaces(tmp_path):
+    (tmp_path / "counts").write_bytes("a\u00a0b 5\n\u2028\t 4\r\nc\rd  3".encode())
+    assert words.read_counts(tmp_path / "counts") == {"a\u00a0b": 5, "\u2028": 4, "c\rd": 3}
+
+
+def test_counts_without_a_word_are_refused(posts, tmp_path):
+    (tmp_path / "counts").write_text("")
+    with pytest.raises(UserError, match=r"there is no word in .*counts"):
+        prepare(tff_stackoverflow, posts, word_counts=tmp_path / "counts")
+    with pytest.raises(UserError, match=r"no file .*nowhere; .*/stackoverflow\.word_count\.tar\.bz2"):
+        prepare(tff_stackoverflow, posts, word_counts=tmp_path / "nowhere")
+    tff_files.stackoverflow(posts, train={"1": [(b"", b"answer")]})
+    with pytest.raises(UserError, match="there is no word in split train"):
+        prepare(tff_stackoverflow, posts)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +324,11 @@ def test_published_counts_keep_the_order_of_the_file_among_equals(tmp_path, as_j
         (b"the 5\nof\n", "line 2 is not a word and its count: 'of'"),
         (b"the 5\nof many\n", "line 2 is not a word and its count"),
         (b"the 5\nof 3 4\n", "line 2 is not a word and its count"),
-        (b"the 5\nthe 3\n", "line 2 counts 'the', which an earlier line did"),
+        (b"the 5\nthe 3\n", "word 'the' is counted twice"),
+        (b'{"the": 5, "the": 3}', "word 'the' is counted twice"),
         (b'{"the": 5', "cannot be read as counts of words"),
         (b'{"the": 5.5}', "word 'the' has count 5.5"),
+        (b'{"the":' * 10000, "cannot be read as counts of words"),
         (b"caf\xe9 5\n", "cannot be read as counts of words"),
     ],
 )
@@ -313,7 +336,7 @@ def test_bad_counts_are_named(tmp_path, content, problem):
     path = tmp_path / "counts"
     path.write_bytes(content)
     with pytest.raises(UserError, match="counts: ") as caught:
-        tff_stackoverflow.read_counts(path)
+        words.read_counts(path)
     assert problem in str(caught.value)
 
 
@@ -330,9 +353,30 @@ def test_a_users_first_sentences_only(posts):
 def test_processes_count_the_words_that_one_counts(posts, monkeypatch):
     monkeypatch.setattr(conversion, "PIECE_BYTES", 1)
     path = posts / "stackoverflow_train.h5"
-    counts = tff_stackoverflow.count_train(path, jobs=2)
-    assert list(counts.items()) == list(tff_stackoverflow.count_train(path, jobs=1).items())
-    assert most_frequent(counts, 5) == tuple(plain_vocabulary(5))
+    count = partial(tff_stackoverflow.count_words, partial(tff.clients, path))
+    pieces = tff.pieces(tff.client_ids(path), path)
+    two, one = (words.count_all(pieces, count, jobs) for jobs in (2, 1))
+    assert len(pieces) == len(TRAIN) and list(two.items()) == list(one.items())
+    assert most_frequent(two, 5) == tuple(plain_vocabulary(5))
+
+
+@pytest.mark.parametrize(
+    ("count", "raises", "problem"),
+    [(os._exit, UserError, "was killed.*--jobs"), (time.sleep, KeyboardInterrupt, "enough")],
+    ids=["killed", "interrupted"],
+)
+def test_processes_that_count_end_with_the_counting(count, raises, problem):
+    def interrupt(*_):
+        raise KeyboardInterrupt("enough")
+
+    before, began = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.5 if raises is KeyboardInterrupt else 0)
+    try:
+        with pytest.raises(raises, match=problem):
+            words.count_all([60, 60], count, jobs=2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not multiprocessing.active_children() and time.monotonic() - began < 30
 
 
 SHOW = """
@@ -429,7 +473,7 @@ def test_missing_file_is_named_with_where_to_fetch_it(tmp_path, converter, name,
     (sources(tmp_path) / name).unlink()
     with pytest.raises(UserError, match=rf"no file {tmp_path / name}; fetch https://\S+/{archive} .*--source"):
         prepare(converter, tmp_path)
-    with pytest.raises(UserError, match=r"there is no folder for .*/nowhere/"):
+    with pytest.raises(UserError, match=r"--source .*/nowhere is no folder; fetch .*--source"):
         prepare(converter, tmp_path / "nowhere")
     for text in (name, archive, "https://"):
         assert text in converter.__doc__
@@ -459,6 +503,8 @@ DAMAGE = {
     "unequal": (replace("label", np.zeros(2, "i4")), "unequal length, {'pixels': 1, 'label': 2}"),
     "label": (replace("label", np.array([62], "i4")), "client 'f2100_45', row 0 has label 62; labels are 0 to 61"),
     "negative label": (replace("label", np.array([-1], "i4")), "row 0 has label -1; labels are 0 to 61"),
+    "id": (lambda file: h5py.h5g.create(file["examples"].id, b"caf\xe9"), r"client id b'caf\xe9' is not UTF-8 text"),
+    "wide label": (replace("label", np.array([2**63], "u8")), "'label' is uint64 (1,), must be int64 (n,)"),
     "writer": (lambda file: file.move("examples/f2100_45", "examples/g2100"), "'g2100' is not named like a writer"),
 }
 
@@ -478,6 +524,25 @@ def test_numbers_where_text_is_due_are_refused(tmp_path):
     tff_files.write(tmp_path / "shakespeare_test.h5", {"A": {"snippets": np.zeros(2)}})
     with pytest.raises(UserError, match=r"client 'A': 'snippets' is float64 \(2,\), must be text \(n,\)"):
         rows(prepare(tff_shakespeare, tmp_path), "test")
+
+
+def test_pixels_that_would_wrap_around_are_refused(tmp_path):
+    images = np.zeros((1, 32, 32, 3))
+    source = tff_files.cifar100(tmp_path, {"0": (images, [1])}, {"0": (images, [1])})
+    tff_files.write(source / "fed_cifar100_test.h5", {"0": {"image": images.astype(np.uint16), "label": np.array([1])}})
+    with pytest.raises(UserError, match=r"client '0': 'image' is uint16 \(1, 32, 32, 3\), must be uint8"):
+        rows(prepare(tff_cifar100, source), "test")
+
+
+def test_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    source = tff_files.shakespeare(tmp_path, ROLES, ROLES)
+
+    def denied(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, "Unable to synchronously open file")
+
+    monkeypatch.setattr(h5py, "File", denied)
+    with pytest.raises(UserError, match=r"shakespeare_train\.h5 cannot be read: Permission denied"):
+        prepare(tff_shakespeare, source)
 
 
 @pytest.mark.parametrize("keep", [0, 0.5, 0.99])

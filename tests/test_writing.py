@@ -12,7 +12,9 @@ from conftest import Job
 from noise import PIECES
 
 from data_prep.__main__ import main
+from data_prep.conversion import Split
 from data_prep.reshard import cut
+from data_prep.writing import Progress, key_of
 from mpifl import run
 from mpifl.data.shard import Dataset, embedded
 
@@ -202,6 +204,36 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path, limit, compression,
     assert (job.process.returncode, said.count("\n")) == (2, 1)
     assert f"{tmp_path / 'out.partial' / 'train.0000'}" in said and "cannot be written: File too large" in said
     assert list(tmp_path.glob("out*")) == []
+
+
+# ---- what makes it the same conversion
+
+
+def test_a_conversion_is_the_same_if_asked_for_alike_of_the_same_files(tmp_path):
+    source, unfinished = tmp_path / "in", tmp_path / "in" / "out.partial"
+    (source / "b").mkdir(parents=True)
+    (source / "b" / "1.csv").write_text("1")
+    first = key_of(["table"], [source], unfinished)
+    unfinished.mkdir()
+    (unfinished / "train.00000.done").write_text("1")  # an interrupted one left this, in its own source
+    assert key_of(["table"], [source], unfinished) == first
+    assert key_of(["table", "--seed", "1"], [source], unfinished) != first
+    assert key_of(["table"], [source], tmp_path / "out.partial") != first
+    (source / "b" / "1.csv").write_text("12")
+    second = key_of(["table"], [source], unfinished)
+    os.utime(source / "b" / "1.csv", ns=(0, 0))
+    third = key_of(["table"], [source], unfinished)
+    (source / "b" / "2.csv").write_text("")
+    assert len({first, second, third, key_of(["table"], [source], unfinished)}) == 4
+    assert key_of(["table"], [source / "b" / "1.csv"], unfinished) != key_of(["table"], [source / "b"], unfinished)
+
+
+def test_progress_is_of_the_clients_that_this_process_has_left(capsys):
+    splits = Split("train", range(4), iter, clients=100), Split("test", [0], iter, central=True)
+    progress = Progress([(splits[0], 2), (splits[0], 3), (splits[1], 0)], kept=2, rank=0)
+    progress.shown = -100.0
+    progress.add(20)
+    assert "2 pieces of an interrupted" in (said := capsys.readouterr().err) and "20 of 50 clients" in said
 
 
 # ---- reshard

@@ -25,8 +25,12 @@ GATHERED_BYTES = 4 << 20
 
 
 def as_columns(arrays: dict[str, np.ndarray], device: torch.device) -> Columns:
-    """Stored arrays as tensors on `device`; unsigned integers that torch cannot index become wider."""
-    return {name: torch.from_numpy(_widened(array)).to(device) for name, array in arrays.items()}
+    """Stored arrays as tensors on `device`; unsigned integers that torch cannot index become wider.
+
+    What torch cannot share (a read-only array, one in another order) is copied.
+    """
+    shared = {name: np.require(_widened(array), requirements="CW") for name, array in arrays.items()}
+    return {name: torch.from_numpy(array).to(device) for name, array in shared.items()}
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

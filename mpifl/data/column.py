@@ -47,9 +47,12 @@ class Values:
             self._read_through_hdf5(rows, start, stop)
         else:
             first = self.start + start * self.row_bytes
-            done = os.preadv(self.file, [rows], first)
-            if done < rows.nbytes:  # one call reads at most 2 GiB
-                self._read_on(memoryview(rows).cast("B"), first, done)
+            try:
+                done = os.preadv(self.file, [rows], first)
+                if done < rows.nbytes:  # one call reads at most 2 GiB
+                    self._read_on(memoryview(rows).cast("B"), first, done)
+            except OSError as error:
+                raise damaged(self.path, f"rows of '{self.dataset.name[1:]}' cannot be read ({error})") from None
         return rows
 
     def _read_on(self, buffer: memoryview, first: int, done: int) -> None:

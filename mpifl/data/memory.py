@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mpifl.config import UserError
-from mpifl.data.shard import Feature
+from mpifl.data.clients import check_client, derived_features
+from mpifl.data.format import Feature, wrong_value
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -18,7 +19,7 @@ class MemoryDataset:
 
     clients: one dict of columns, (n_i, ...), per client of split "train". test: a dict of columns (a central
     split) or one dict per client. features: name -> Feature; by default dtype and shape of the arrays.
-    Raises UserError when clients disagree on columns, dtypes or shapes.
+    Raises UserError when clients disagree on columns, dtypes or shapes, and for labels out of range.
     """
 
     def __init__(
@@ -29,13 +30,10 @@ class MemoryDataset:
     ) -> None:
         if not clients:
             raise UserError("a dataset needs at least one client")
-        first = clients[0]
-        self.features = features or {name: Feature(str(array.dtype), array.shape[1:]) for name, array in first.items()}
-        self._clients = {"train": list(clients)}
-        self._central = {"train": False}
-        if test is not None:
-            self._central["test"] = isinstance(test, Mapping)
-            self._clients["test"] = [test] if isinstance(test, Mapping) else list(test)
+        given = {"train": clients} | ({} if test is None else {"test": [test] if isinstance(test, Mapping) else test})
+        self.features = features or derived_features("train", "0", clients[0])
+        self._clients = {split: [self._checked(split, *one) for one in enumerate(given[split])] for split in given}
+        self._central = {split: split == "test" and isinstance(test, Mapping) for split in given}
         self.splits = tuple(self._clients)
         self.clients = len(clients)
         self.path = "memory"
@@ -43,7 +41,6 @@ class MemoryDataset:
         sha = hashlib.sha256()
         for split, held in self._clients.items():
             for index, arrays in enumerate(held):
-                self._check(split, index, arrays)
                 for name in sorted(arrays):
                     sha.update(f"{split} {index} {name} {arrays[name].shape}".encode())
                     sha.update(np.ascontiguousarray(arrays[name]).tobytes())
@@ -54,19 +51,14 @@ class MemoryDataset:
         }
         self._all: dict[str, dict[str, np.ndarray]] = {}
 
-    def _check(self, split: str, index: int, arrays: Arrays) -> None:
-        where = f"client {index} of split '{split}'"
-        if set(arrays) != set(self.features):
-            raise UserError(f"{where} has columns {sorted(arrays)}, expected {sorted(self.features)}")
-        if len({len(array) for array in arrays.values()}) > 1:
-            raise UserError(f"{where} has columns of different lengths")
-        for name, array in arrays.items():
-            feature = self.features[name]
-            if str(array.dtype) != feature.dtype or array.shape[1:] != tuple(feature.shape):
-                raise UserError(
-                    f"{where}, column '{name}': {array.dtype} {array.shape[1:]}, "
-                    f"expected {feature.dtype} {tuple(feature.shape)}"
-                )
+    def _checked(self, split: str, index: int, arrays: Arrays) -> dict[str, np.ndarray]:
+        """A client's columns in the machine's own byte order."""
+        expected = [(name, np.dtype(feature.dtype), feature.shape) for name, feature in self.features.items()]
+        check_client(split, str(index), arrays, self.features, expected)
+        for name, feature in self.features.items():
+            if feature.classes and (wrong := wrong_value(arrays[name], feature)):
+                raise UserError(f"split '{split}', client '{index}', column '{name}': row {wrong[0]} {wrong[1]}")
+        return {name: arrays[name].astype(dtype, copy=False) for name, dtype, _ in expected}
 
     def sizes(self, split: str) -> np.ndarray:
         """Examples per client, (clients,) int64."""

@@ -80,8 +80,7 @@ def write_piece(
     clients: (client id, columns); if central, ("", columns of any number of rows). tell: called now and then with the
     number of clients since the last call. Raises UserError naming split, client and column, or the file.
     """
-    if not NAME.fullmatch(split):
-        raise UserError(f"'{split}' cannot name a split; use letters, digits and _, first a letter")
+    check_split_name(split)
     for unfinished in folder.glob(f"{split}.{piece:05d}.*"):
         unfinished.unlink()
     if central:
@@ -95,6 +94,12 @@ def write_piece(
         done_mark(folder, split, piece).write_text(str(shards))
     except OSError as error:
         raise cannot_be_written(done_mark(folder, split, piece), error) from None
+
+
+def check_split_name(split: str) -> None:
+    """Raise UserError unless a split may have this name."""
+    if not NAME.fullmatch(split):
+        raise UserError(f"'{split}' cannot name a split; use letters, digits and _, first a letter")
 
 
 def shard_file(folder: Path, split: str, piece: int, number: int) -> Path:

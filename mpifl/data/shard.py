@@ -41,7 +41,11 @@ class Dataset:
     def __init__(self, path: str | os.PathLike) -> None:
         """Read the index's header; the tables of clients are read when asked for."""
         self.path = Path(path).absolute()
-        if not (self.path / INDEX).is_file():
+        try:
+            found = (self.path / INDEX).is_file()
+        except PermissionError:
+            raise UserError(f"{path} cannot be read: no permission to enter this folder; ask its owner") from None
+        if not found:
             what = f"the folder has no {INDEX}" if self.path.is_dir() else "there is no such folder"
             raise UserError(f"{path} is not a dataset: {what}; see `python -m data_prep --help`")
         self._index = _open(self.path / INDEX)
@@ -152,6 +156,8 @@ class _Split:
         self.name = group.name.rpartition("/")[2]
         self.central, self.shards = digests["central"], json.loads(_text(group["shards"]))
         self.first = [*(shard["first"] for shard in self.shards), len(group["sizes"])]
+        if self.first[0] != 0 or any(last <= first for first, last in pairwise(self.first)):
+            raise damaged(folder / INDEX, f"shards of split '{self.name}' do not follow one another")
         self.opened: dict[int, _Shard] = {}
         self.opening = Lock()
         for shard in self.shards:

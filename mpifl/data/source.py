@@ -55,18 +55,19 @@ class Source:
             return found
         self._coming.pop(key, None)
         fetched = self._take(key)
-        self._fetch_on()
+        if 2 * self._ahead_bytes <= self._left:  # many at a time: waking the thread costs more than a small client
+            self._fetch_on()
         arrays = self._read(key) if fetched is None or fetched.cancel() else fetched.result()
         columns = as_columns(arrays, self.device)
-        if self._stays(batching):
+        if self.stays(batching):
             self._resident[key] = columns
         return columns
 
     def prefetch(self, batching: Batching, ids: np.ndarray) -> None:
         """Read what is behind these ids in this order, as room comes free; what was fetched for others is dropped."""
-        rows = self.examples(batching)[ids].tolist()
-        place = 0 if self._stays(batching) else 1  # what stays has had its place since it was reserved
-        self._coming = OrderedDict((_key(batching, id), place * self._bytes(n, 1)) for id, n in zip(ids.tolist(), rows))
+        stays, rows = self.stays(batching), self.examples(batching)[ids]
+        sizes = [0 if stays else self.bytes_of(n, 1) for n in rows.tolist()]  # what stays has its place already
+        self._coming = OrderedDict((_key(batching, id), size) for id, size in zip(ids.tolist(), sizes))
         for key in self._ahead.keys() - self._coming.keys():
             self._take(key).cancel()
         self._fetch_on()
@@ -87,6 +88,19 @@ class Source:
         self._ahead_bytes -= size
         return fetched
 
+    def stays(self, batching: Batching) -> bool:
+        """Whether what is read this way stays resident; decided when first asked, which reserves its place."""
+        kind = (batching.of, batching.split, batching.size if batching.of == "block" else 0)
+        if kind not in self._reserved:
+            needed = self.bytes_of(self.dataset.total(batching.split), len(self.examples(batching)))
+            self._reserved[kind] = needed <= self._left
+            self._left -= needed if self._reserved[kind] else 0
+        return self._reserved[kind]
+
+    def bytes_of(self, rows: int, ids: int) -> int:
+        """What holding the rows of so many ids takes."""
+        return rows * self.row_bytes + ids * len(self.dataset.features) * OBJECT_BYTES
+
     def close(self) -> None:
         """End the thread; to be called before the dataset is closed."""
         self._thread.shutdown(cancel_futures=True)
@@ -98,19 +112,6 @@ class Source:
         total = self.dataset.total(split)
         start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
         return self.dataset.rows(split, start, stop)
-
-    def _stays(self, batching: Batching) -> bool:
-        """Whether what is read this way stays resident; decided at first touch."""
-        kind = (batching.of, batching.split, batching.size if batching.of == "block" else 0)
-        if kind not in self._reserved:
-            needed = self._bytes(self.dataset.total(batching.split), len(self.examples(batching)))
-            self._reserved[kind] = needed <= self._left
-            self._left -= needed if self._reserved[kind] else 0
-        return self._reserved[kind]
-
-    def _bytes(self, rows: int, ids: int) -> int:
-        """What holding the rows of so many ids takes."""
-        return rows * self.row_bytes + ids * len(self.dataset.features) * OBJECT_BYTES
 
 
 def _key(batching: Batching, id: int) -> Key:
