@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import archive, corpus, partition
+from data_prep import archive, corpus, sharing
 from data_prep.conversion import Conversion
 from data_prep.labels import class_column
 from mpifl.config import UserError
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", required=True, type=Path, metavar="PATH", help="folder of the files, or the .tar.gz"
     )
-    partition.add_arguments(parser, default="iid")
+    sharing.add_arguments(parser, default="iid")
 
 
 def prepare(options: argparse.Namespace, edition: Edition) -> Conversion:
@@ -67,7 +67,7 @@ def prepare(options: argparse.Namespace, edition: Edition) -> Conversion:
         splits=corpus.splits(options, train, {"test": test}),
         provenance={
             "source": f"{edition.title}, A. Krizhevsky (2009), Learning multiple layers of features from tiny images",
-            "made": f"training images: {partition.describe(options)}; channels first, values 0 to 255",
+            "made": f"training images: {sharing.describe(options)}; channels first, values 0 to 255",
             "licence": "none is stated by its author",
         },
         standardize="x",

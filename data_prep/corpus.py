@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import partition
+from data_prep import sharing
 from data_prep.conversion import Split, ranges
 from mpifl.config import UserError
 from mpifl.data.shard import Columns
@@ -39,8 +39,8 @@ class Rows(NamedTuple):
 
 
 def splits(options: argparse.Namespace, train: Rows, central: Mapping[str, Rows]) -> tuple[Split, ...]:
-    """Share out `train` by the options of partition.py; the rows of each of `central` belong to no client."""
-    shares = partition.shares(options, train.labels, train.groups, len(train.where))
+    """Share out `train` by the options of sharing.py; the rows of each of `central` belong to no client."""
+    shares = sharing.shares(options, train.labels, train.groups, len(train.where))
     found = [_shared("train", shares.train, train)]
     if shares.test:
         found.append(_shared("test", shares.test, train))
@@ -62,7 +62,7 @@ def provenance(options: argparse.Namespace, made: str) -> dict[str, str]:
     """Say where a dataset comes from, for a converter that takes `add_arguments`."""
     return {
         "source": options.about or options.source.absolute().name,
-        "made": f"{partition.describe(options)}; {made}",
+        "made": f"{sharing.describe(options)}; {made}",
         "licence": options.licence or "not given",
     }
 

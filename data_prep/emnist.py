@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 
-from data_prep import corpus, idx, partition
+from data_prep import corpus, idx, sharing
 from data_prep.conversion import Conversion
 from data_prep.labels import class_column
 from mpifl.data.shard import Feature
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where the files are, which of them to take, and how to share them out."""
     parser.add_argument("--source", required=True, type=Path, metavar="DIR", help="folder of the IDX files")
     parser.add_argument("--part", choices=PARTS, default="byclass", help="which four files (default: byclass)")
-    partition.add_arguments(parser, default="iid")
+    sharing.add_arguments(parser, default="iid")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
@@ -54,7 +54,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
         splits=corpus.splits(options, train, {"test": test}),
         provenance={
             "source": f"EMNIST {options.part}, G. Cohen et al. (2017), from NIST Special Database 19, four IDX files",
-            "made": f"training images: {partition.describe(options)}; transposed to be upright, pixels 0 to 255",
+            "made": f"training images: {sharing.describe(options)}; transposed to be upright, pixels 0 to 255",
             "licence": "none is stated by its authors",
         },
     )

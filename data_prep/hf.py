@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import corpus, partition, text
+from data_prep import corpus, sharing, text
 from data_prep.conversion import Conversion
 from data_prep.labels import class_column, label_column, numbered
 from mpifl.config import UserError, choice
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a row (default: 128)")
     parser.add_argument("--language-model", action="store_true", help="y is the next token of x, not the label")
     corpus.add_arguments(parser)
-    partition.add_arguments(parser, default="iid")
+    sharing.add_arguments(parser, default="iid")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
@@ -104,7 +104,7 @@ def _tokens(texts: Callable[[np.ndarray], list[str]], file: Path, token: Feature
 def _texts(source: Path, split: str, column: str, rows: np.ndarray) -> list[str]:
     dataset = _opened(source)[split]
     choice(column, dataset.column_names, f"column of split {split}")
-    found = dataset[rows.tolist()][column] if len(rows) else []
+    found = dataset.select_columns(column)[rows.tolist()][column] if len(rows) else []  # others may be images
     for row, value in zip(rows, found):
         if not isinstance(value, str):
             raise UserError(f"{source}, split {split}: row {row + 1} has no text in '{column}' but {value!r:.40}")

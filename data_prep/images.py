@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from data_prep import archive, corpus, partition
+from data_prep import archive, corpus, sharing
 from data_prep.conversion import Conversion
 from data_prep.labels import class_column
 from mpifl.config import UserError
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize every image (bilinear)")
     parser.add_argument("--colour", choices=("rgb", "grey"), help="what every image becomes (default: as the first is)")
     corpus.add_arguments(parser)
-    partition.add_arguments(parser, default="iid")
+    sharing.add_arguments(parser, default="iid")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:

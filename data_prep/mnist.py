@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data_prep import corpus, idx, partition
+from data_prep import corpus, idx, sharing
 from data_prep.conversion import Conversion
 from mpifl.data.shard import Feature
 
@@ -23,7 +23,7 @@ PER_LABEL = 45
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where the files are and how to share them out."""
     parser.add_argument("--source", required=True, type=Path, metavar="DIR", help="folder of the IDX files")
-    partition.add_arguments(parser, default="equal-labels")
+    sharing.add_arguments(parser, default="equal-labels")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
@@ -39,7 +39,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
         splits=corpus.splits(options, train, {"test": test}),
         provenance={
             "source": "MNIST, Y. LeCun, C. Cortes and C. Burges: handwritten digits from NIST, four IDX files",
-            "made": f"training images: {partition.describe(options)}; pixels 0 to 255 unchanged",
+            "made": f"training images: {sharing.describe(options)}; pixels 0 to 255 unchanged",
             "licence": "CC BY-SA 3.0",
         },
     )

@@ -215,7 +215,11 @@ def _draw_bars(axes: Axes, shares: np.ndarray, names: list[str]) -> None:
 
 
 def _draw_heat(axes: Axes, shares: np.ndarray, names: list[str]) -> None:
-    image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", vmin=0)
+    from matplotlib.colors import PowerNorm
+
+    # By its square root, or small shares would look like none beside a client of one example.
+    norm = PowerNorm(0.5, vmin=0)
+    image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", norm=norm)
     step = -(-len(names) // 24)
     axes.set_yticks(range(0, len(names), step), names[::step])
     axes.set_ylabel("class")

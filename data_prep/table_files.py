@@ -24,8 +24,8 @@ Block = dict[str, np.ndarray]
 class Format(NamedTuple):
     """One kind of file: schema(path) has its columns; blocks(path, names, text) reads some, a CSV's as text or float32.
 
-    A schema has a column's dtype, with the shape of a row if it has one, or None if it is not of numbers. first_row: the
-    number of the first row in errors.
+    A schema has a column's dtype, with the shape of a row if it has one, or None if it is not of numbers. first_row:
+    what errors call the first row.
     """
 
     schema: Callable[[Path], dict[str, np.dtype | None]]

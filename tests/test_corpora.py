@@ -406,6 +406,21 @@ def refused_content(path):
     return str(caught.value)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux how much memory is in use")
+def test_a_tar_takes_no_memory_for_what_was_read_of_it(tmp_path):
+    def resident():
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssFile" in line]
+        return int(line.split()[1]) << 10
+
+    image = b"P5 2000 2000 255\n" + bytes(4_000_000)
+    (tmp_path / "a.tar").write_bytes(files.tar({f"train/a/{number}.pgm": image for number in range(12)}))
+    made = prepare(images, tmp_path / "a.tar", "--clients", 12)
+    split, before = the(made, "train"), resident()
+    for piece in split.pieces:
+        for _ in split.read(piece):
+            assert resident() - before < 12_000_000  # of 48
+
+
 def test_names_of_splits_are_refused_before_anything_is_read(tmp_path):
     source = files.write_files(tmp_path / "in", {"train/a/1.png": GOOD, "train/a/2.png": GOOD, "val-1/a/1.png": GOOD})
     assert "'val-1' cannot name a split" in refused(images, source, "--clients", 1)

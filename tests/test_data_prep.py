@@ -117,6 +117,20 @@ def test_the_command_is_recorded_without_the_paths_of_a_machine(source, tmp_path
         dataset.close()
 
 
+def test_a_dataset_whose_picture_cannot_be_written_is_made_all_the_same(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the extra prep has it")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    words = ["--source", str(source), "--clients", "2", "--per-label", "1", "--jobs", "1", "--out", str(tmp_path / "o")]
+    assert main(["mnist", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "train        2      0" in printed and "no picture: " in printed and "No space left" in printed
+    assert main(["verify", str(tmp_path / "o")]) == 0
+
+
 def test_the_command_itself_exits_with_the_status():
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "data_prep", "digits", "--out", str(root)]

@@ -8,15 +8,12 @@ import pytest
 
 from data_prep import partition
 from data_prep.partition import (
-    PARTITIONS,
     _divided,
     _draw,
     _hands,
     _log_gamma,
-    add_arguments,
     by_column,
     classes,
-    describe,
     dirichlet,
     dirichlet_class,
     equal_labels,
@@ -24,9 +21,9 @@ from data_prep.partition import (
     log_normal,
     power_law,
     shards,
-    shares,
     stratified,
 )
+from data_prep.sharing import OPTIONS, PARTITIONS, add_arguments, describe, shares
 from mpifl.config import UserError
 
 LABELS = np.random.RandomState(1).choice(10, 997, p=np.arange(1, 11) / 55)
@@ -428,7 +425,7 @@ def test_a_source_without_labels_ids_or_rows_says_so():
 def test_every_option_is_refused_where_it_says_nothing():
     given = {"per_client": 1, "per_label": 1, "alpha": 1, "min_examples": 0, "sigma": 1, "exponent": 2}
     given |= {"shards_per_client": 2, "classes_per_client": 2, "clients": 5}
-    assert given.keys() == partition.OPTIONS.keys()
+    assert given.keys() == OPTIONS.keys()
     needed = {"dirichlet": {"alpha"}, "dirichlet-class": {"alpha"}, "log-normal": {"sigma"}, "power-law": {"exponent"}}
     for name, function in PARTITIONS.items():
         takes = set(function.__annotations__) & given.keys()

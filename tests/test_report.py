@@ -97,20 +97,27 @@ def test_of_many_clients_few_are_read_and_the_report_says_so(dataset, monkeypatc
     read.clear()
     monkeypatch.setattr(module, "MOST_READ", 10)
     assert "train: column y was read of 10 of 50 clients, evenly spread (seed 0)" in report(made)
-    assert read == [n for n in _sample(50) if n % 3]
+    assert read == [n for n in _sample(50, 10) if n % 3]
     assert "train       50     17        49" in report(made)  # sizes are of all
 
 
+def test_of_large_clients_so_many_are_read_as_hold_a_gibibyte_or_can_be_shown(dataset, monkeypatch):
+    made = dataset([[0, 1]] * 80, labels(2))
+    for most_bytes, read in ((160, None), (120, 60), (1, 50)):  # of 2 bytes each
+        monkeypatch.setattr(module, "MOST_BYTES", most_bytes)
+        said = f"column y was read of {read} of 80 clients"
+        assert said in report(made) if read else "was read" not in report(made)
+
+
 @pytest.mark.parametrize("clients", [0, 1, 9, 10, 11, 999_983])
-def test_a_sample_has_one_client_of_each_of_ten_equal_ranges(monkeypatch, clients):
-    monkeypatch.setattr(module, "MOST_READ", 10)
-    found = _sample(clients)
+def test_a_sample_has_one_client_of_each_of_ten_equal_ranges(clients):
+    found = _sample(clients, 10)
     assert len(found) == min(10, clients)
     for number, index in enumerate(found):
         assert clients * number <= index * len(found) + len(found) - 1
         assert index < clients * (number + 1) / len(found)
     assert (np.diff(found) > 0).all()
-    np.testing.assert_array_equal(found, _sample(clients))
+    np.testing.assert_array_equal(found, _sample(clients, 10))
     assert clients < 1000 or len(set(found - clients * np.arange(10) // 10)) > 5  # anywhere in its range
 
 
@@ -155,6 +162,7 @@ def test_more_classes_than_colours_make_a_heat_map(dataset):
     expected[10, 0], expected[[0, 10, 5], 1] = 1, [0.5, 0.25, 0.25]
     np.testing.assert_array_equal(left.get_images()[0].get_array(), expected)
     assert bar.get_ylabel() == "share of the client's examples"
+    assert left.get_images()[0].norm(np.array([0, 0.01, 1])).tolist() == pytest.approx([0, 0.1, 1])  # of 1 %, a tenth
     assert len(heights(figure(dataset([[0], [1]], labels(len(COLOURS)))).axes[0])) == len(COLOURS)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from prepared import central, clients, prepare, refused
 
-from data_prep import hf, tables
+from data_prep import hf, table_files, tables
 from data_prep.labels import label_column
 from mpifl.data.shard import Feature
 
@@ -111,13 +111,14 @@ def test_a_bad_label_is_named_by_its_own_file_of_a_folder(tmp_path):
 
 
 def test_text_with_line_breaks_is_one_value_wherever_a_block_of_the_file_ends(tmp_path):
-    columns = {"who": [f'{row % 2}\n"' for row in range(200_000)], "v": range(200_000)}  # blocks are of 1 MiB
+    breaks = "\n" * 20
+    columns = {"who": [f'{row % 2}{breaks}"' for row in range(100_000)], "v": range(100_000)}  # blocks are of 1 MiB
     path = written(tmp_path, columns)
     assert path.stat().st_size > 2 << 20
     found = clients(prepare(tables, path, "--client-column", "who"))
     assert {client: rows["x"].ravel().tolist() for client, rows in found.items()} == {
-        '0\n"': [*range(0, 200_000, 2)],
-        '1\n"': [*range(1, 200_000, 2)],
+        f'0{breaks}"': [*range(0, 100_000, 2)],
+        f'1{breaks}"': [*range(1, 100_000, 2)],
     }
 
 
@@ -148,6 +149,19 @@ def test_a_parquet_column_of_repeated_text_is_text(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(files.parquet({"who": pyarrow.array(["b", "a", "b"]).dictionary_encode(), "v": [1, 2, 3]}))
     assert list(clients(prepare(tables, path, "--client-column", "who"))) == ["a", "b"]
+
+
+def test_a_parquet_file_is_read_a_little_at_a_time(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({name: np.random.RandomState(0).random_sample(1_000_000) for name in "abcd"})  # 32 MB
+    parquet.write_table(table, path, row_group_size=250_000, use_dictionary=False)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    for _, block in table_files._blocks(path, list("abcd"), text=False):
+        assert len(block["a"]) and pyarrow.total_allocated_bytes() - before < 12_000_000
 
 
 @pytest.mark.parametrize(("count", "dtype"), [(256, "uint8"), (257, "int64")])
