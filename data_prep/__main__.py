@@ -81,7 +81,7 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
 
 
 def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: argparse.Namespace) -> None:
-    jobs = options.jobs or (cores() if comm.size == 1 else 1)
+    options.jobs = options.jobs or (cores() if comm.size == 1 else 1)
     unfinished = agree(comm, lambda: Unfinished(options.out))  # refuse what exists before looking at the source
     conversion = agree(comm, lambda: _module(name).prepare(options))
     asked = _without(arguments, "--out", "--jobs")
@@ -93,7 +93,7 @@ def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: 
     how = (options.shard_mb << 20, options.compression, conversion.standardize or "")
     storage = agree(comm, lambda: Storage(conversion.features, *how))
     key = agree(comm, lambda: key_of([name, *asked], sources, unfinished.folder))
-    write(conversion, options.out, storage, jobs, key, comm)
+    write(conversion, options.out, storage, options.jobs, key, comm)
     if comm.rank == 0:
         print(describe(options.out))
         _report(options.out)

@@ -89,12 +89,12 @@ def _read(source: Path, shape: tuple[int, ...], resize: bool, recolour: bool, en
 
 
 def _decoded(source: Path, entry: np.void) -> Image:
-    pillow = corpus.installed("PIL.Image")
+    pillow, raw = corpus.installed("PIL.Image"), io.BytesIO(_bytes(source, entry))
     try:
-        image = pillow.open(io.BytesIO(_bytes(source, entry)))
+        image = pillow.open(raw)
         image.load()
     except (*BROKEN, pillow.DecompressionBombError) as error:
-        problem = f"cannot be decoded ({getattr(error, 'strerror', None) or error}); replace or remove it"
+        problem = f"cannot be decoded ({error}); replace or remove it"
         raise UserError(f"{_name(source, entry)}: {problem}") from None
     if image.mode not in (*GREY, *COLOUR):
         raise UserError(f"{_name(source, entry)}: has pixels of kind {image.mode}; make them 8 bits per channel")
@@ -103,7 +103,11 @@ def _decoded(source: Path, entry: np.void) -> Image:
 
 def _bytes(source: Path, entry: np.void) -> bytes:
     if source.is_dir():
-        return (source / os.fsdecode(entry["name"])).read_bytes()
+        try:
+            return (source / os.fsdecode(entry["name"])).read_bytes()
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror}); mend or remove it"
+            raise UserError(f"{_name(source, entry)}: {problem}") from None
     return archive.content(source)[entry["offset"] : entry["offset"] + entry["size"]]
 
 

@@ -95,7 +95,7 @@ def _rows(
     read = partial(_read, paths, dtype, options.separate, target is not None)
     count = len(table_files.records(paths, dtype))
     for name, values in known.items():
-        if False:
+        if len(values) != count:
             raise UserError(f"{paths[0]}: column '{name}' has {len(values)} rows, others {count}; make them alike")
     if target is None:
         return corpus.Rows(np.arange(count), read, dtype.itemsize)

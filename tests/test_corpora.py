@@ -386,7 +386,7 @@ def test_no_images_at_all_say_what_must_be_there(tmp_path):
 def test_what_the_system_will_not_read_is_refused_by_name(tmp_path, monkeypatch):
     source = files.write_files(tmp_path / "in", {"train/a/1.png": GOOD, "train/b/1.png": GOOD})
     (source / "train/a/2.png").symlink_to("nowhere")
-    assert "train/a/2.png: cannot be decoded (No such file or directory)" in refused(images, source, "--clients", 1)
+    assert "train/a/2.png: cannot be read (No such file or directory)" in refused(images, source, "--clients", 1)
     (source / "train/a/2.png").unlink()
     scandir = os.scandir
 

@@ -178,7 +178,8 @@ def test_bad_value_in_a_piece_is_one_line_and_other_pieces_are_kept(launch, tmp_
     done = launch(ranks, *words(tmp_path / "out", "--fail", 4, jobs=jobs), env=ENV)
     said = "mpifl: split 'train', client 'client-4-2', column 'y': row 1 holds 10, labels must be 0 to 9\n"
     assert (done.returncode, done.stderr) == (2, said)
-    assert nothing_looks_finished(tmp_path) and 4 <= kept_pieces(tmp_path)[0] <= PIECES
+    # Of the four before it, another process may have been in the middle of one.
+    assert nothing_looks_finished(tmp_path) and 3 <= kept_pieces(tmp_path)[0] < PIECES
 
 
 FULL = """
