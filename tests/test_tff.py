@@ -79,7 +79,7 @@ def check_windows(texts, x, y, length):
     """Every transition of the stream, counted in plain Python, is in the windows once and in order."""
     stream = [token for text in texts for token in (1, *text, 2)]
     transitions = list(pairwise(stream))
-    found = [(int(a), int(b)) for a, b in zip(x.ravel(), y.ravel())]
+    found = list(zip(x.ravel().tolist(), y.ravel().tolist()))
     assert found[: len(transitions)] == transitions
     assert set(found[len(transitions) :]) <= {(0, 0)}
     assert (y != 0).sum() == max(0, len(stream) - 1)
