@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,12 @@ pytestmark = pytest.mark.skipif(not REAL, reason="MPIFL_REAL_DATA names no folde
 
 @pytest.fixture(scope="module")
 def shards():
-    """MNIST as the job wants it, made by every rank for itself."""
+    """MNIST as the job wants it, made by all ranks together in a folder of rank 0."""
     sys.path.insert(0, str(JOB.parent.parent))
     from data_prep.__main__ import main
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        folder = connect().share(own)  # all ranks are of one machine
         assert not main(["mnist", "--source", f"{REAL}/mnist", "--out", f"{folder}/shards"])
         yield f"{folder}/shards"
 
@@ -36,8 +36,7 @@ def test_real_mnist_is_learnt_as_published(shards, tmp_path):
     for seed in (1, 2, 3):
         out = tmp_path / f"seed-{seed}"
         changes = [f"data.path={shards}", f"run.out={out}", "rounds=4", "seeds=1", f"seed={seed}", "baselines=false"]
-        job = load(JOB, changes)
-        summary = mpifl.run(replace(job, data=replace(job.data, path=everywhere(shards))))
+        summary = mpifl.run(load(JOB, changes))
         if summary is None:
             continue
         assert summary["steps"] == 4 * 100 * 10 * 15
@@ -47,8 +46,3 @@ def test_real_mnist_is_learnt_as_published(shards, tmp_path):
     if summary is not None:
         assert sum(after[1]) / 3 == pytest.approx(0.8529, abs=0.005)
         assert sum(after[4]) / 3 == pytest.approx(0.9150, abs=0.005)
-
-
-def everywhere(shards):
-    """Rank 0's folder: all ranks are of one machine, and read the same shards."""
-    return connect().share(shards)
