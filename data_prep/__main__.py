@@ -92,7 +92,8 @@ def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: 
     conversion = replace(conversion, provenance=conversion.provenance | made)
     how = (options.shard_mb << 20, options.compression, conversion.standardize or "")
     storage = agree(comm, lambda: Storage(conversion.features, *how))
-    key = agree(comm, lambda: key_of([name, *asked], sources, unfinished.folder))
+    pieces = [f"{split.name} {len(split.pieces)}" for split in conversion.splits]  # of another version, other ones
+    key = agree(comm, lambda: key_of([name, *asked, *pieces], sources, unfinished.folder))
     write(conversion, options.out, storage, options.jobs, key, comm)
     if comm.rank == 0:
         print(describe(options.out))

@@ -77,7 +77,7 @@ def prepare(options: argparse.Namespace, edition: Edition) -> Conversion:
 def _rows(source: Path, edition: Edition, files: tuple[str, ...]) -> corpus.Rows:
     labels = _load(source, edition, files)[1]
     read = partial(_read, source, edition, files)
-    return corpus.Rows(np.arange(len(labels)), read, PIXELS, labels=labels)
+    return corpus.Rows(np.arange(len(labels)), read, PIXELS + 1, labels=labels)
 
 
 def _read(source: Path, edition: Edition, files: tuple[str, ...], where: np.ndarray) -> Columns:

@@ -2,15 +2,19 @@
 
 A converter module has a docstring (its first line is its summary; the rest says which files to put where, and
 where they come from), `add_arguments(parser)`, and `prepare(options) -> Conversion`, which looks at the source
-and refuses what it cannot use. `write` then does the rest, on all cores, the same way for all of them.
+and refuses what it cannot use. `write` then does the rest, on all cores, the same way for all of them. `options` holds
+what the main program adds as well: a piece should be no larger than a shard, `shard_mb`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from mpifl.config import UserError
 from mpifl.data.pieces import check_split_name
@@ -59,8 +63,20 @@ class Conversion:
                 raise UserError(f"two splits would be named '{name}'; rename what becomes one of them in the source")
 
 
-def ranges(count: int, source_bytes: int) -> list[range]:
-    """Cut 0 .. count - 1 into consecutive ranges, about 32 MiB of the source each, at most 64 of them."""
-    pieces = max(1, min(count, MOST_PIECES, source_bytes // PIECE_BYTES))
-    borders = [count * number // pieces for number in range(pieces + 1)]
+def ranges(sizes: np.ndarray, shard_mb: float = math.inf) -> list[range]:
+    """Cut clients of so many bytes each, (n,), into consecutive ranges, the pieces of a split.
+
+    A range fills a shard of `shard_mb` MiB, so that an interrupted conversion keeps what it has written; or it is of
+    about 32 MiB, or a 64th of all, whichever is more, so that there is work for all cores.
+    """
+    if not len(sizes):
+        return [range(0)]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    pieces = min(max(1, ends[-1] // PIECE_BYTES), MOST_PIECES)
+    # One client more than their share, or the last range would be of what they leave.
+    most = min(shard_mb * 2**20, ends[-1] / pieces + ends[-1] / len(ends))
+    borders = [0]
+    while borders[-1] < len(ends):
+        filled = np.searchsorted(ends, ends[borders[-1]] - sizes[borders[-1]] + most, "right")
+        borders.append(max(borders[-1] + 1, int(filled)))
     return [range(start, stop) for start, stop in pairwise(borders)]

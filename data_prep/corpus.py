@@ -18,17 +18,15 @@ import numpy as np
 from data_prep import sharing
 from data_prep.conversion import Split, ranges
 from mpifl.config import UserError
+from mpifl.data.pieces import CENTRAL_ROWS
 from mpifl.data.shard import Columns
-
-BLOCK = 512
-"""Rows of a central split read at a time."""
 
 
 class Rows(NamedTuple):
     """Rows of a corpus: where each is, (n,) of any dtype, how to read them, and what a partition may go by, (n,).
 
     read: takes some of `where`, perhaps none, and returns their columns; it travels to other processes. row_bytes: of
-    one row in memory.
+    one row in memory, all columns.
     """
 
     where: np.ndarray
@@ -41,13 +39,15 @@ class Rows(NamedTuple):
 def splits(options: argparse.Namespace, train: Rows, central: Mapping[str, Rows]) -> tuple[Split, ...]:
     """Share out `train` by the options of sharing.py; the rows of each of `central` belong to no client."""
     shares = sharing.shares(options, train.labels, train.groups, len(train.where))
-    found = [_shared("train", shares.train, train)]
+    found = [_shared("train", shares.train, train, options.shard_mb)]
     if shares.test:
-        found.append(_shared("test", shares.test, train))
+        found.append(_shared("test", shares.test, train, options.shard_mb))
     for name, rows in central.items():
         name = "central_test" if shares.test and name == "test" else name
-        cuts = ranges(len(rows.where), len(rows.where) * rows.row_bytes)
-        pieces = [rows.where[cut.start : cut.stop] for cut in cuts]
+        # Whole blocks, as they are stored: a dataset's digest does not depend on where it is cut.
+        blocks = np.full(-(-len(rows.where) // CENTRAL_ROWS), CENTRAL_ROWS * rows.row_bytes)
+        cuts = ranges(blocks, options.shard_mb)
+        pieces = [rows.where[cut.start * CENTRAL_ROWS : cut.stop * CENTRAL_ROWS] for cut in cuts]
         found.append(Split(name, pieces, partial(_blocks, rows.read), central=True))
     return tuple(found)
 
@@ -75,9 +75,9 @@ def installed(module: str) -> ModuleType:
         raise UserError(f'{module.split(".")[0]} is needed and missing: pip install -e ".[prep]"') from None
 
 
-def _shared(name: str, clients: dict[str, np.ndarray], rows: Rows) -> Split:
+def _shared(name: str, clients: dict[str, np.ndarray], rows: Rows, shard_mb: int) -> Split:
     named = list(clients.items())
-    cuts = ranges(len(named), sum(map(len, clients.values())) * rows.row_bytes)
+    cuts = ranges(np.array([len(own) * rows.row_bytes for own in clients.values()]), shard_mb)
     pieces = [[(client, rows.where[own]) for client, own in named[cut.start : cut.stop]] for cut in cuts]
     return Split(name, pieces, partial(_clients, rows.read), clients=len(named))
 
@@ -88,5 +88,5 @@ def _clients(read: Callable[[np.ndarray], Columns], piece: list[tuple[str, np.nd
 
 
 def _blocks(read: Callable[[np.ndarray], Columns], where: np.ndarray) -> Iterator[tuple[str, Columns]]:
-    for start in range(0, len(where), BLOCK):
-        yield "", read(where[start : start + BLOCK])
+    for start in range(0, len(where), CENTRAL_ROWS):
+        yield "", read(where[start : start + CENTRAL_ROWS])

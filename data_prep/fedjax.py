@@ -8,6 +8,7 @@ data is zlib of msgpack of {feature: array}. An array is an extension type of ms
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ Piece = tuple[tuple[str, int | None], ...]
 """Clients and their rowids, None for one that the file lacks."""
 
 
-def splits(paths: dict[str, Path], content: Content) -> tuple[Split, ...]:
+def splits(paths: dict[str, Path], content: Content, shard_mb: float) -> tuple[Split, ...]:
     """Cut each file into pieces of its clients, in order of ids.
 
     A split with no clients but those of "train" gets them all, with 0 rows where its file has none.
@@ -46,13 +47,14 @@ def splits(paths: dict[str, Path], content: Content) -> tuple[Split, ...]:
         everyone = rows["train"] if rows[split].keys() <= rows["train"].keys() else rows[split]
         where = [(client, rows[split].get(client)) for client in everyone]
         read = partial(_converted, path, content.layout, content.convert, content.most)
-        made.append(Split(split, pieces(where, path), read, clients=len(where)))
+        made.append(Split(split, pieces(where, path, shard_mb), read, clients=len(where)))
     return tuple(made)
 
 
-def pieces(where: Sequence[tuple[str, int | None]], path: Path) -> list[Piece]:
-    """Cut clients of a file into parts to be read independently."""
-    return [tuple(where[part.start : part.stop]) for part in ranges(len(where), path.stat().st_size)]
+def pieces(where: Sequence[tuple[str, int | None]], path: Path, shard_mb: float = math.inf) -> list[Piece]:
+    """Cut clients of a file into parts to be read independently, by its size: all count alike."""
+    sizes = np.full(len(where), path.stat().st_size // len(where))
+    return [tuple(where[part.start : part.stop]) for part in ranges(sizes, shard_mb)]
 
 
 def rows_of_clients(path: Path) -> Rows:

@@ -70,7 +70,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
             raise UserError(f"--{name.replace('_', '-')} is for --kind {kinds}, not {options.kind}")
     paths = _paths(options)
     content = _content(options, paths["train"])
-    return content.conversion(fedjax.splits(paths, content), fedjax.FILES)
+    return content.conversion(fedjax.splits(paths, content, options.shard_mb), fedjax.FILES)
 
 
 def _content(options: argparse.Namespace, train: Path) -> Content:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
 
 def _rows(options: argparse.Namespace, split: str, file: Path, features: dict[str, Feature]) -> corpus.Rows:
     dataset, x = _opened(options.source)[split], features["x"]
-    row_bytes = np.dtype(x.dtype).itemsize * options.length
+    row_bytes = sum(np.dtype(column.dtype).itemsize * math.prod(column.shape) for column in features.values())
     texts = partial(_texts, options.source, split, options.text_column)
     _texts(options.source, split, options.text_column, np.arange(min(1, len(dataset))))  # is there such a column?
     if options.language_model:

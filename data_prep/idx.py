@@ -36,7 +36,7 @@ def rows(source: Path, part: str, origin: str, classes: range, transposed: bool 
         problem = f"label {row} is {labels[row]}, it must be {classes.start} to {classes.stop - 1}"
         raise UserError(f"{label_file}: {problem}; fetch it again")
     read = partial(_read, image_file, label_file, classes.start, transposed)
-    return corpus.Rows(np.arange(len(labels)), read, SIDE * SIDE, labels=labels)
+    return corpus.Rows(np.arange(len(labels)), read, SIDE * SIDE + 1, labels=labels)
 
 
 def array(path: Path, dimensions: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     height, width = options.size or (first.height, first.width)
     shape = (height, width) if grey else (3, height, width)
     read = partial(_read, options.source, shape, bool(options.size), options.colour is not None)
-    rows = partial(corpus.Rows, read=read, row_bytes=math.prod(shape))
+    rows = partial(corpus.Rows, read=read, row_bytes=math.prod(shape) + train["label"].itemsize)
     pixels = f"{'resized to' if options.size else 'of'} {height} x {width} pixels, {'grey' if grey else 'RGB'}"
     return Conversion(
         features={"x": Feature("uint8", shape), "y": classes},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -53,13 +54,18 @@ def find(source: Path, name: str) -> dict[str, list[Path]]:
 
 
 def splits(
-    files: dict[str, list[Path]], convert: Convert, of_all_splits: bool = False, sample_bytes: int = 0
+    files: dict[str, list[Path]],
+    convert: Convert,
+    of_all_splits: bool = False,
+    sample_bytes: int = 0,
+    shard_mb: float = math.inf,
 ) -> tuple[Split, ...]:
     """Make a piece of each file: its users in the order of `users`, or in that of the file of "train" beside it.
 
     Where split_data.py shared out every user's samples, all splits thus have the same clients in the same order, with
     0 rows for a user that has none. of_all_splits: num_samples counts a user's samples in all splits. sample_bytes:
-    of a sample that lies outside the file; it is then worth reading a file once for each of several pieces.
+    of a sample that lies outside the file; it is then worth reading a file once for each of several pieces, no larger
+    than a shard.
     """
     counts = {split: [users(path) for path in paths] for split, paths in files.items()}
     made = []
@@ -71,7 +77,7 @@ def splits(
         pieces = [
             (path, roster, part)
             for path, roster, own, everyone in zip(paths, files[beside], counts[split], counts[beside])
-            for part in ranges(len(everyone), sum(own.values()) * sample_bytes)
+            for part in ranges(np.array([own.get(user, 0) * sample_bytes for user in everyone]), shard_mb)
         ]
         read = partial(_read, convert, of_all_splits)
         made.append(Split(split, pieces, read, clients=sum(map(len, counts[beside]))))

@@ -41,7 +41,12 @@ def prepare(options: argparse.Namespace) -> Conversion:
     installed("PIL.Image")
     return Conversion(
         features={"x": Feature("uint8", (3, SIDE, SIDE)), "y": Feature("uint8", (), classes=2)},
-        splits=leaf.splits(files, partial(to_columns, images=images), sample_bytes=3 * SIDE * SIDE),
+        splits=leaf.splits(
+            files,
+            partial(to_columns, images=images),
+            sample_bytes=3 * SIDE * SIDE + 1,
+            shard_mb=options.shard_mb,
+        ),
         provenance={
             "source": "CelebA, Z. Liu et al. (2015), by celebrity as in LEAF, JSON: S. Caldas et al. (2018)",
             "made": f"aligned images resized to {SIDE}x{SIDE} (bicubic), RGB, channels first, values 0 to 255; "

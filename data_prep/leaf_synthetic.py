@@ -69,7 +69,7 @@ def _made(options: argparse.Namespace) -> tuple[tuple[Split, ...], dict[str, str
     if not (0 <= alpha < np.inf and 0 <= beta < np.inf and options.clients >= 1 and 0 <= seed < 2**32):
         given = f"--alpha {alpha:g} --beta {beta:g} --clients {options.clients} --seed {seed}"
         raise UserError(f"{given}: spreads must be at least 0, clients at least 1, the seed 0 to {2**32 - 1}")
-    pieces = ranges(options.clients, options.clients * CLIENT_BYTES)
+    pieces = ranges(np.full(options.clients, CLIENT_BYTES), options.shard_mb)
     make = partial(_clients, alpha=alpha, beta=beta, seed=seed, dimension=options.dimension, classes=options.classes)
     splits = (Split(name, pieces, partial(make, name), clients=options.clients) for name in ("train", "test"))
     return tuple(splits), {

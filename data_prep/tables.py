@@ -103,7 +103,8 @@ def _rows(
     label = options.label_column
     place = partial(table_files.place, paths, label)
     where["row"], where["y"] = np.arange(count), numbered(known[label], target, place)
-    return corpus.Rows(where, read, dtype.itemsize, labels=where["y"] if target.classes else None)
+    labels = where["y"] if target.classes else None
+    return corpus.Rows(where, read, dtype.itemsize + where["y"].itemsize, labels=labels)
 
 
 def _read(paths: tuple[Path, ...], dtype: np.dtype, separate: bool, labelled: bool, where: np.ndarray) -> Columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def find(source: Path, name: str, archive: str) -> Path:
     return path
 
 
-def splits(paths: dict[str, Path], content: Content, aligned: bool = False) -> tuple[Split, ...]:
+def splits(paths: dict[str, Path], content: Content, shard_mb: float, aligned: bool = False) -> tuple[Split, ...]:
     """Cut each file into pieces, tuples of client ids in order.
 
     aligned: the files hold the same clients, and every split gets them all, with 0 rows where a file has none.
@@ -69,7 +70,7 @@ def splits(paths: dict[str, Path], content: Content, aligned: bool = False) -> t
     found = []
     for split, path in paths.items():
         read = partial(_converted, path, content.layout, content.convert, content.most)
-        found.append(Split(split, pieces(ids[split], path), read, clients=len(ids[split])))
+        found.append(Split(split, pieces(ids[split], path, shard_mb), read, clients=len(ids[split])))
     return tuple(found)
 
 
@@ -84,9 +85,10 @@ def client_ids(path: Path) -> list[str]:
     return sorted(ids)
 
 
-def pieces(ids: Sequence[str], path: Path) -> list[tuple[str, ...]]:
-    """Cut the ids of a file's clients into parts to be read independently."""
-    return [tuple(ids[part.start : part.stop]) for part in ranges(len(ids), path.stat().st_size)]
+def pieces(ids: Sequence[str], path: Path, shard_mb: float = math.inf) -> list[tuple[str, ...]]:
+    """Cut the ids of a file's clients into parts to be read independently, by its size: all count alike."""
+    sizes = np.full(len(ids), path.stat().st_size // len(ids))
+    return [tuple(ids[part.start : part.stop]) for part in ranges(sizes, shard_mb)]
 
 
 def clients(

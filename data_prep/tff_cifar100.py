@@ -37,7 +37,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files and list their clients."""
     content = cropped(options.crop)
     paths = {name: tff.find(options.source, f"fed_cifar100_{name}.h5", ARCHIVE) for name in ("train", "test")}
-    return content.conversion(tff.splits(paths, content), tff.FILES)
+    return content.conversion(tff.splits(paths, content, options.shard_mb), tff.FILES)
 
 
 def cropped(side: int) -> tff.Content:

@@ -46,7 +46,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     stem = "fed_emnist_digitsonly" if options.only_digits else "fed_emnist"
     paths = {name: tff.find(options.source, f"{stem}_{name}.h5", f"{stem}.tar.bz2") for name in ("train", "test")}
     content = characters(options.only_digits, options.invert)
-    return content.conversion(tff.splits(paths, content, aligned=True), tff.FILES)
+    return content.conversion(tff.splits(paths, content, options.shard_mb, aligned=True), tff.FILES)
 
 
 def characters(only_digits: bool, invert: bool) -> tff.Content:

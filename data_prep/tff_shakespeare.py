@@ -36,7 +36,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     """Find the files and list their clients."""
     content = snippets(options.length)
     paths = {name: tff.find(options.source, f"shakespeare_{name}.h5", ARCHIVE) for name in ("train", "test")}
-    return content.conversion(tff.splits(paths, content, aligned=True), tff.FILES)
+    return content.conversion(tff.splits(paths, content, options.shard_mb, aligned=True), tff.FILES)
 
 
 def snippets(length: int) -> tff.Content:

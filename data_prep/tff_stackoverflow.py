@@ -48,7 +48,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     train = paths["train"]
     pieces = tff.pieces(tff.client_ids(train), train)
     content = posts(options, pieces, partial(count_words, partial(tff.clients, train)))
-    return content.conversion(tff.splits(paths, content), tff.FILES)
+    return content.conversion(tff.splits(paths, content, options.shard_mb), tff.FILES)
 
 
 def posts(options: argparse.Namespace, pieces: Sequence[Any], count: Callable[[Any], Counter[str]]) -> tff.Content:

@@ -44,7 +44,7 @@ class Baselines:
 
         everybody = local_training(model, replace(once, of="all", max_examples=None), opt, 0.0, "uniform")
         own = lambda shared, client: client.scratch["theta"]  # noqa: E731
-        rows = scorer.central.batches.size
+        rows = scorer.clients.batches.size
         score = scoring(model, metrics, scorer.split, "all", own, numbers_only=True, size=rows)
         return Baselines(everybody, alone._replace(finish=keep), score, opt, tuple(metrics))
 

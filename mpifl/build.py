@@ -96,12 +96,12 @@ def build(job: Job) -> Parts:
     model = _model(job, dataset.features)
     table = dict(job.algorithm)
     function = named(table.pop("name"), ALGORITHMS, "algorithm")
-    algorithm = construct(function, table, job.algorithm["name"], model=model, seed=job.seed)
+    algorithm = _from_table(function, table, "algorithm", job.algorithm["name"], model=model, seed=job.seed)
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"{job.algorithm['name']} returned {type(algorithm).__name__}, not an mpifl Algorithm")
-    metrics = _metrics(job)
+    metrics = _metrics(job, dataset.features)
     _refuse_wrong_shapes(model, metrics, dataset.features)
-    return Parts(dataset, model, algorithm, metrics)
+    return Parts(_staged(job, dataset), model, algorithm, metrics)
 
 
 def solo_training(job: Job) -> tuple[Batching, Optimizer]:
@@ -130,7 +130,8 @@ def named(name: str, known: Mapping[str, Any], what: str) -> Any:
             f"{what} '{name}': no module '{module_name}' here ({Path.cwd()}) or beside the job file"
         ) from None
     if not hasattr(module, attribute):
-        public = [n for n in vars(module) if not n.startswith("_")]
+        own = [n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        public = [n for n in own if not n.startswith("_")]
         choice(attribute, public, f"{what} in module {module_name}")
     found = getattr(module, attribute)
     if not callable(found):
@@ -168,22 +169,31 @@ def _dataset(job: Job) -> Any:
     if path == "digits":
         return Dataset(embedded("digits"))
     if not Path(path).is_dir():
-        how = job.data.made_by or "python -m data_prep --help lists what can be prepared"
+        how = job.data.made_by or "python -m data_prep NAME (--help lists them)"
         raise UserError(f"data.path is '{path}', and there is no such folder; make it with: {how}")
-    return Dataset(stage(Path(path), job.data.stage) if job.data.stage else path)
+    return Dataset(path)
+
+
+def _staged(job: Job, dataset: Any) -> Any:
+    """The dataset on the node's own disk, where it is copied only when nothing of the job is refused."""
+    if not job.data.stage or not isinstance(dataset, Dataset):
+        return dataset
+    dataset.close()
+    return Dataset(stage(dataset.path, job.data.stage))
 
 
 def _model(job: Job, features: dict[str, Any]) -> Model:
     table = dict(job.model)
     name, inputs = table.pop("name"), convert(table.pop("inputs", "x"), str, "model inputs")
-    loss = _chosen(table.pop("loss", _usual_loss(features)), "model.loss", LOSSES, "loss")
+    usual = "token_cross_entropy" if _of_tokens(features) else "cross_entropy"
+    loss = _chosen(table.pop("loss", usual), "model.loss", LOSSES, "loss")
     function, images, seen = named(name, MODELS, "model"), None, features
     if "images" in table:
         images = convert(table.pop("images"), Images, "model.images")
         seen = features | {inputs: images.seen(_column(features, inputs))}
 
     def factory() -> Any:
-        return construct(function, table, name, features=seen)
+        return _from_table(function, table, "model", name, features=seen)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # frozen weights are the same on every rank
@@ -219,9 +229,19 @@ def _column(features: dict[str, Any], inputs: str) -> Any:
     return features[inputs]
 
 
-def _usual_loss(features: dict[str, Any]) -> str:
+def _of_tokens(features: dict[str, Any]) -> bool:
     """Targets that are sequences are tokens."""
-    return "token_cross_entropy" if "y" in features and len(features["y"].shape) == 1 else "cross_entropy"
+    return "y" in features and len(features["y"].shape) == 1
+
+
+def _from_table(function: Any, table: Mapping[str, Any], section: str, name: str, **given: Any) -> Any:
+    """Construct what a table of the job names; if an option is of another name's, say how to be rid of it."""
+    try:
+        return construct(function, table, name, **given)
+    except UserError as error:
+        if not str(error).startswith(f"there is no {name} option") or "did you mean" in str(error):
+            raise
+        raise UserError(f"{error}; '{section}={{name=\"{name}\"}}' leaves out what the job has") from None
 
 
 def _chosen(value: Any, where: str, known: Mapping[str, Any], what: str) -> Any:
@@ -274,9 +294,10 @@ def _found(values: Any) -> str:
     return str(tuple(values.shape)) if isinstance(values, torch.Tensor) else type(values).__name__
 
 
-def _metrics(job: Job) -> dict[str, Metric]:
+def _metrics(job: Job, features: dict[str, Any]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
-    for entry in job.run.metrics:
+    usual = "token_accuracy" if _of_tokens(features) else "accuracy"
+    for entry in [usual] if job.run.metrics is None else job.run.metrics:
         options = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
         label = str(options.pop("as", str(options.get("name")).rpartition(":")[2]))
         if label in metrics or label in RESERVED_SCORES:

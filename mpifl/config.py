@@ -69,11 +69,11 @@ class Comm:
 class Run:
     """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
 
-    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: how many
-    rows of the test split they score, in whole blocks, the same ones each time (0: all). eval_batch: rows of a block,
-    all scored at once. metrics: each "accuracy", "package.module:function" or a table of name, options and, where two
-    have one name, `as`. nonfinite: what a NaN or infinite update does. memory_mb: MiB of client memory per rank before
-    it spills to mapped files.
+    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: about how many
+    rows of the test split they score, the same ones each time (0: all). eval_batch: rows that are scored at once.
+    metrics: each "accuracy", "package.module:function" or a table of name, options and, where two have one name, `as`;
+    None: accuracy, of tokens where targets are sequences. nonfinite: what a NaN or infinite update does. memory_mb:
+    MiB of client memory per rank before it spills to mapped files.
     """
 
     out: str = ""
@@ -82,7 +82,7 @@ class Run:
     eval_every: int = 1
     eval_rows: int = 0
     eval_batch: int = 512
-    metrics: tuple[str | Table, ...] = ("accuracy",)
+    metrics: tuple[str | Table, ...] | None = None
     nonfinite: Literal["stop", "exclude"] = "stop"
     memory_mb: int = 4096
 

@@ -43,10 +43,10 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
         for name, theta in vectors.items():
             central = score_central(fleet, session.scorer, theta)
             clients = score_clients(fleet, session.scorer, theta)
-            scored[name] = central | _spread(clients, session.scorer.client_split)
-            console.say(
-                f"{name}: {len(clients['examples'])} clients, each on its own '{session.scorer.client_split}' rows"
-            )
+            split = session.scorer.client_split
+            scored[name] = central | _spread(clients, split)
+            whose = f"those of clients, of {len(clients['examples'])} clients' own '{split}' rows"
+            console.say(f"{name}: scores are of split '{session.scorer.split}'; {whose}")
             console.table(score_rows(scored[name], "the output of --json"))
         fleet.stop()
         return scored

@@ -15,6 +15,9 @@ from mpifl.rand import fold, sample
 from mpifl.tree import Tree
 from mpifl.work import Algorithm, ClientWork
 
+SAMPLED_BLOCKS = 64
+"""At least so many blocks are a sample of a split."""
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -39,18 +42,20 @@ class Scorer:
     ) -> Scorer:
         """Score on split "test" if it has rows, else on "train"; a client on its own test rows if it has any.
 
-        rows: score about so many, in whole blocks of `size` that are a function of the seed (0: all).
+        size: rows that are scored at once. rows: score about so many (0: all), in blocks that are a function of the
+        seed; small ones, as the rows of a split often lie in the order of classes or clients.
         """
+        block = min(size, max(1, rows // SAMPLED_BLOCKS)) if rows else size
         split = "test" if "test" in dataset.splits and dataset.total("test") else "train"
         own = "test" if split == "test" and dataset.aligned("test") else "train"
-        personal, blocks = algorithm.personal, -(-dataset.total(split) // size)
+        personal, blocks = algorithm.personal, -(-dataset.total(split) // block)
         return Scorer(
-            central=scoring(model, metrics, split, "block", size=size),
+            central=scoring(model, metrics, split, "block", size=block),
             clients=scoring(model, metrics, own, "client", numbers_only=True, size=size),
             personal=scoring(model, metrics, own, "client", personal.theta, size=size) if personal else None,
             split=split,
             client_split=own,
-            blocks=sample(fold(seed, "evaluate"), blocks, -(-rows // size) if rows else blocks),
+            blocks=sample(fold(seed, "evaluate"), blocks, -(-rows // block) if rows else blocks),
         )
 
     @property

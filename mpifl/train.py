@@ -199,6 +199,8 @@ def _introduce(session: Session, console: Console) -> None:
         f"cohort {min(job.cohort or dataset.clients, dataset.clients)} for {job.rounds} rounds; clients are weighted "
         f"{'by their examples' if session.parts.algorithm.weighting == 'examples' else 'uniformly'}; seed {job.seed}"
     )
+    if session.scorer.split == "train":
+        console.say("there is no test split: test_loss and scores are of the training examples")
     if job.comm.sum != "exact":
         console.say('comm.sum = "float32": results depend on the number of ranks in their last bits')
     if session.host.device.type != "cpu":
@@ -282,6 +284,8 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
         return
     words = [word for word in (options.job, *options.overrides) if word]
     path = DEFAULT_JOB if not words or "=" in words[0] else words.pop(0)
+    if path is DEFAULT_JOB:
+        words = [f"name={Path(word[10:]).name}" for word in words if word.startswith("data.path=")] + words
     if options.dry_run:
         dry_run(path, words, comm)
     else:

@@ -1,7 +1,7 @@
 """Conversions as converters prepare them, read to the end, without writing anything."""
 
 import pickle
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from mpifl.config import UserError
 def prepare(converter, source, *options):
     parser = ArgumentParser()
     converter.add_arguments(parser)
-    return converter.prepare(parser.parse_args(["--source", str(source), *map(str, options)]))
+    return converter.prepare(parser.parse_args(["--source", str(source), *map(str, options)], Namespace(shard_mb=256)))
 
 
 def clients(made, name="train"):

@@ -178,11 +178,19 @@ def test_options_that_do_not_fit_are_refused(override, line):
 # --- data ------------------------------------------------------------------------------------------------
 
 
+def test_options_of_another_name_are_answered_with_how_to_be_rid_of_them():
+    assert refusal("model.hidden=[3]") == (
+        "there is no logistic option 'hidden' (allowed: none); 'model={name=\"logistic\"}' leaves out what the job has"
+    )
+    assert build(load(JOB, ["model.hidden=[3]", 'model={name="logistic"}'])).model
+    assert refusal("model.name=mlp", "model.hiden=[3]").endswith("did you mean 'hidden'? (allowed: hidden)")
+
+
 def test_a_missing_dataset_is_answered_with_the_command_that_makes_it():
     made_by = "python -m data_prep mnist --source FOLDER --out data/mnist"
     line = refusal("data.path=data/nowhere", f"data.made_by={made_by}")
     assert line == f"data.path is 'data/nowhere', and there is no such folder; make it with: {made_by}"
-    assert "python -m data_prep --help" in refusal("data.path=data/nowhere")
+    assert "python -m data_prep NAME (--help lists them)" in refusal("data.path=data/nowhere")
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
@@ -208,7 +216,7 @@ def test_a_dataset_of_the_users_own_is_a_dataset_or_a_list_of_clients(own):
         ("data = 5", "dataset 'own_parts:data' is int; it must be a function or a class"),
         (
             "def date(): pass",
-            "there is no dataset in module own_parts 'data'; did you mean 'date'? (allowed: date, nn, torch)",
+            "there is no dataset in module own_parts 'data'; did you mean 'date'? (allowed: date)",
         ),
     ],
 )
@@ -236,9 +244,7 @@ def test_a_missing_module_or_attribute_is_refused_whatever_it_was_for(own, what,
     expected = f"{kind} 'no_such.thing:f': no module 'no_such.thing' here ({Path.cwd()}) or beside the job file"
     assert refusal(what % "no_such.thing:f") == expected
     own("def function(): pass\n_hidden = 1\n")
-    expected = (
-        f"there is no {kind} in module own_parts 'funktion'; did you mean 'function'? (allowed: function, nn, torch)"
-    )
+    expected = f"there is no {kind} in module own_parts 'funktion'; did you mean 'function'? (allowed: function)"
     assert refusal(what % "own_parts:funktion") == expected
 
 

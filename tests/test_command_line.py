@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import mpifl
 from mpifl import evaluate, train
 from mpifl.config import to_toml
+from mpifl.data.shard import Feature, embedded
+from mpifl.data.writer import ShardWriter
 
 ROOT = Path(mpifl.__file__).parent.parent
 TINY = ["rounds=1", "cohort=2", "baselines=false"]
@@ -195,6 +199,24 @@ def test_without_a_job_digits_are_trained_into_a_folder_named_after_it(capsys):
     assert folder.name.startswith("digits-") and str(folder) in out
     assert json.loads((folder / "summary.json").read_text())["digest"] in out
     assert (folder / "log.txt").read_text().splitlines()[0] == out.splitlines()[0]
+
+
+def test_without_a_job_other_data_give_the_run_its_name(capsys):
+    for given, name in ([], "copy"), (["name=mine"], "mine"):
+        shutil.copytree(embedded("digits"), "data/copy", dirs_exist_ok=True)
+        assert train.main([*TINY, "data.path=data/copy", *given]) == 0
+        assert capsys.readouterr().out.startswith(f"{name}: fedavg on 100 clients")
+        assert len(list(Path("runs").glob(f"{name}-*"))) == 1
+
+
+def test_a_run_without_test_data_says_whose_scores_it_prints(capsys):
+    features = {"x": Feature("float32", (2,)), "y": Feature("uint8", (), classes=2)}
+    with ShardWriter("data/all", features) as writer:
+        writer.write("train", [("a", {"x": np.ones((9, 2), np.float32), "y": np.arange(9, dtype=np.uint8) % 2})])
+    said = "there is no test split: test_loss and scores are of the training examples\n"
+    for path, says in ("data/all", True), ("digits", False):
+        assert train.main([*TINY, "cohort=0", f"data.path={path}"]) == 0
+        assert (said in capsys.readouterr().out) == says
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(capsys):

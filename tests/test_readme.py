@@ -104,7 +104,9 @@ def _job_keys():
 
 
 def _default(field):
-    return "needed" if field.default is MISSING else f"`{json.dumps(field.default)}`"
+    if field.default in (MISSING, None):
+        return "needed" if field.default is MISSING else "by the data"
+    return f"`{json.dumps(field.default)}`"
 
 
 def test_model_inputs_and_loss_are_keys_with_these_defaults():

@@ -204,5 +204,6 @@ def test_evaluation_changes_nothing_in_the_folder_and_prints_tables(done, capsys
     before = {path: path.read_bytes() for path in done[0].rglob("*") if path.is_file()}
     assert evaluate.main([str(done[0])]) == 0
     out = capsys.readouterr().out
-    assert "model: 100 clients" in out and f"{done[1]['accuracy']:.4f}" in out
+    assert "model: scores are of split 'test'; those of clients, of 100 clients' own 'train' rows\n" in out
+    assert f"{done[1]['accuracy']:.4f}" in out
     assert {path: path.read_bytes() for path in done[0].rglob("*") if path.is_file()} == before

@@ -1,16 +1,21 @@
 """Whole jobs in one process, at the edges where a run must stop, go on, or leave somebody as it was."""
 
 import math
+from contextlib import closing
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from parts import awkward_dataset
 
 import mpifl
 from mpifl.comm import Alone
 from mpifl.config import UserError, load
+from mpifl.data.shard import Dataset, Feature
 from mpifl.data.writer import ShardWriter
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet
+from mpifl.scoring import Scorer
 from mpifl.session import Session
 
 
@@ -93,16 +98,32 @@ def test_test_split_without_a_row_is_none_at_all(tmp_path):
     assert scores["without"] == scores["empty"] != scores["some"]
 
 
-def test_fewer_rows_are_scored_in_whole_blocks_that_follow_from_the_seed(tmp_path):
+def test_fewer_rows_are_scored_in_many_small_blocks_that_follow_from_the_seed(tmp_path):
     def blocks(rows, seed=0):
         table = job(tmp_path, data={"path": "parts:long_test_split"}, seed=seed, run={"eval_rows": rows})
         session = Session.open(load(table), Alone(), Clock())
-        return session.scorer.blocks.tolist()
+        session.close()
+        return session.scorer.central.batches.size, session.scorer.blocks.tolist()
 
-    assert blocks(0) == blocks(10**6) == [0, 1, 2, 3, 4]  # the last one has 100 rows
-    assert len(blocks(1)) == len(blocks(512)) == 1 and len(blocks(513)) == 2
+    assert blocks(0) == blocks(10**6) == (512, [0, 1, 2, 3, 4])  # the last one has 100 rows
+    for rows, (size, count) in {1: (1, 1), 40: (1, 40), 512: (8, 64), 530: (8, 67)}.items():
+        found, chosen = blocks(rows)
+        assert (found, len(set(chosen))) == (size, count) and max(chosen) < -(-2148 // size)
     assert blocks(513) == blocks(513)
-    assert len({tuple(blocks(513, seed)) for seed in range(8)}) > 1
+    assert len({tuple(blocks(513, seed)[1]) for seed in range(8)}) > 1
+
+
+def test_few_rows_stand_for_a_split_in_the_order_of_its_classes(tmp_path):
+    labels = np.repeat(np.arange(10), 600)
+    with ShardWriter(tmp_path / "data", {"y": Feature("uint8", (), classes=10)}) as writer:
+        writer.write("train", [("a", {"y": labels[:1].astype(np.uint8)})])
+        writer.central("test", {"y": labels.astype(np.uint8)})
+    with closing(Dataset(tmp_path / "data")) as dataset:
+        algorithm = SimpleNamespace(personal=None)
+        scorer = Scorer.of(algorithm, None, {}, dataset, rows=640)
+    size = scorer.central.batches.size
+    drawn = np.concatenate([labels[block * size : (block + 1) * size] for block in scorer.blocks])
+    assert len(drawn) == 640 and np.bincount(drawn, minlength=10).min() > 0
 
 
 def test_blocks_that_are_left_out_are_not_scored(tmp_path):

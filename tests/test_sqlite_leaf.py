@@ -49,6 +49,7 @@ def prepare(module, *arguments):
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--shard-mb", type=int, default=256)
     return module.prepare(parser.parse_args([str(argument) for argument in arguments]))
 
 

@@ -147,3 +147,11 @@ def test_a_job_with_staged_data_has_the_same_digest(tmp_path):
     staged_run = mpifl.run(staged)
     assert staged_run["digest"] == plain["digest"]
     assert len(list((tmp_path / "scratch").glob("digits-*"))) == 1
+
+
+def test_nothing_is_copied_for_a_job_that_is_refused(tmp_path):
+    data = {"path": str(embedded("digits")), "stage": str(tmp_path / "scratch")}
+    job = {"rounds": 1, "model": {"name": "mlp"}, "algorithm": {"name": "fedavg"}, "data": data}
+    with pytest.raises(UserError, match="there is no metric"):
+        mpifl.run(job | {"run": {"metrics": ["no"]}})
+    assert not (tmp_path / "scratch").exists()

@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def prepare(converter, source, **options):
-    return converter.prepare(Namespace(**OPTIONS[converter] | {"source": source} | options))
+    return converter.prepare(Namespace(**OPTIONS[converter] | {"source": source, "shard_mb": 256} | options))
 
 
 def rows(made, split):
@@ -384,7 +384,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from data_prep import tff_stackoverflow
-options = dict(word_counts=None, vocabulary=3, length=20, max_sentences=None, jobs=1)
+options = dict(word_counts=None, vocabulary=3, length=20, max_sentences=None, jobs=1, shard_mb=256)
 made = tff_stackoverflow.prepare(Namespace(source=Path(sys.argv[1]), **options))
 for split in made.splits:
     for piece in split.pieces:
