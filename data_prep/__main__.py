@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from data_prep.conversion import Conversion
 from data_prep.info import describe
-from data_prep.report import report
+from data_prep.report import drawing, report
 from data_prep.writing import add_compression, cores, key_of, write
 from mpifl.comm import Alone, World
 from mpifl.config import UserError, choice
+from mpifl.data.format import INDEX
 from mpifl.data.pieces import Storage
 from mpifl.data.shard import Dataset
 from mpifl.data.writer import Unfinished
@@ -45,6 +48,9 @@ CONVERTERS = {
     "leaf-synthetic": "leaf_synthetic",
 }
 TOOLS = {"verify": "verify", "info": "info", "report": "report", "reshard": "reshard"}
+
+WHERE = re.compile(r"What to put where: (.*?\S\S\.)(?=\s+[A-Z0-9]|\s*$)", re.DOTALL)
+"""The first sentence of what a converter says of its sources; initials do not end it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +100,24 @@ def _convert(comm: World | Alone, name: str, arguments: Sequence[str], options: 
     storage = agree(comm, lambda: Storage(conversion.features, *how))
     pieces = [f"{split.name} {len(split.pieces)}" for split in conversion.splits]  # of another version, other ones
     key = agree(comm, lambda: key_of([name, *asked, *pieces], sources, unfinished.folder))
-    write(conversion, options.out, storage, options.jobs, key, comm)
-    if comm.rank == 0:
-        print(describe(options.out))
-        _report(options.out)
+    try:
+        write(conversion, options.out, storage, options.jobs, key, comm)
+        if comm.rank == 0:
+            print(describe(options.out))
+            _tell_of_test(conversion, options)
+            _report(options.out)
+    except KeyboardInterrupt as stop:
+        if not (options.out / INDEX).is_file():
+            raise
+        raise type(stop)(f", but {options.out} is complete; {drawing(options.out)}") from None
+
+
+def _tell_of_test(conversion: Conversion, options: argparse.Namespace) -> None:
+    """Tell who shares a corpus out that training will be scored on the examples that it has seen."""
+    if "hold_out" not in options or any(split.name == "test" for split in conversion.splits):
+        return
+    ways = "--hold-out FRACTION" + (" or --test PATH" if "test" in options else "")
+    print(f"no test   there is no split test, so scores will be of the training data; {ways} makes one")
 
 
 def _report(path: Path) -> None:
@@ -106,14 +126,12 @@ def _report(path: Path) -> None:
     with closing(Dataset(path)) as dataset:
         anybody = any(dataset.sizes(split).any() for split in dataset.splits if not dataset.central(split))
         picture = path / "report.png" if drawn and anybody else None
-        drawing = f"picture   {picture}"
-        if picture is None:
-            drawing = f"python -m data_prep report {path} --png FILE draws it (with matplotlib)"
+        how = drawing(path) if picture is None else f"picture   {picture}"
         try:
             table = report(dataset, picture)
         except UserError as problem:  # of the picture: the dataset is whole all the same
-            table, drawing = report(dataset), f"no picture: {problem}"
-        print(table, drawing, sep="\n")
+            table, how = report(dataset), f"no picture: {problem}"
+        print(table, how, sep="\n")
 
 
 def _add_arguments(parser: Parser) -> None:
@@ -128,13 +146,14 @@ def _general_parser() -> Parser:
     def listed(names: dict[str, str]) -> list[str]:
         return [f"  {name:<18}{_module(name).__doc__.splitlines()[0]}" for name in names]
 
-    details = [f"{name}: {_module(name).__doc__}" for name in CONVERTERS]
-    lines = ["Convert a source into a dataset of shards:", *listed(CONVERTERS), "", "Look at a dataset, or recut it:"]
+    details = [f"{name}: {WHERE.search(_module(name).__doc__)[1]}" for name in CONVERTERS]
+    lines = ["python -m data_prep NAME --help says more, and lists the options of one of these.", ""]
+    lines += ["Convert a source into a dataset of shards:", *listed(CONVERTERS), ""]
+    lines += ["Look at a dataset, or recut it:", *listed(TOOLS), "", "What to put where:", *details]
     return Parser(
         prog="python -m data_prep",
         usage="python -m data_prep NAME [options]",
-        description="\n".join([*lines, *listed(TOOLS), "", "What to put where:", "", *details]),
-        epilog="python -m data_prep NAME --help lists a converter's options",
+        description="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep import archive, corpus, sharing
 from data_prep.conversion import Conversion
+from data_prep.images import SUFFIXES
 from data_prep.labels import class_column
 from mpifl.config import UserError
 from mpifl.data.shard import Columns, Feature
@@ -182,8 +183,14 @@ def _found(source: Path, name: str, edition: Edition) -> Any:
     raw = _find(source, name)
     if raw is None:
         fetch = f"fetch {' or '.join(edition.archives)}, and give the archive or its folder as --source"
-        raise UserError(f"{source} has no {name}; {fetch}")
+        hint = "; it holds images, which converter images reads" if _holds_images(source) else ""
+        raise UserError(f"{source} has no {name}; {fetch}{hint}")
     return raw
+
+
+def _holds_images(source: Path) -> bool:
+    names = map(str, source.rglob("*")) if source.is_dir() else (member.name for member in archive.members(source))
+    return any(name.lower().endswith(SUFFIXES) for name in names)
 
 
 def _find(source: Path, name: str) -> Any:

@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pad-token", metavar="TOKEN", help="padding (default: what tokenizer_config.json names)")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="column of texts (default: text)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="column of labels (default: label)")
-    parser.add_argument("--client-column", metavar="NAME", help="column of client ids, for --partition by-column")
+    sharing.add_client_column(parser)
     parser.add_argument("--central", nargs="*", metavar="SPLIT", help="splits without clients (default: test, if any)")
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a row (default: 128)")
     parser.add_argument("--language-model", action="store_true", help="y is the next token of x, not the label")
     corpus.add_arguments(parser)
-    sharing.add_arguments(parser, default="iid")
+    sharing.add_arguments(parser, None, "iid; by-column with --client-column")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
@@ -50,8 +50,7 @@ def prepare(options: argparse.Namespace) -> Conversion:
     source, length = options.source, options.length
     if length < 2:
         raise UserError(f"--length {length}: must be at least 2")
-    if options.client_column and options.partition != "by-column":
-        raise UserError("--client-column goes with --partition by-column; give both or neither")
+    options = sharing.by_client_column(options, otherwise="iid")
     splits = _opened(source)
     central = [name for name in ("test",) if name in splits] if options.central is None else options.central
     for name in ("train", *central):

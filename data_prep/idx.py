@@ -60,6 +60,8 @@ def _read(image_file: Path, label_file: Path, first: int, transposed: bool, wher
 
 
 def _find(source: Path, name: str, origin: str) -> Path:
+    if source.is_file():
+        raise UserError(f"{source} is a file; --source is the folder that holds the files of {origin}")
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; make it and put the files of {origin} there")
     for variant in (name, name.replace("-idx", ".idx")):

@@ -132,7 +132,9 @@ def _listed(source: Path) -> tuple[dict[str, np.ndarray], Feature]:
 
 def _split_and_class(source: Path, names: list[str]) -> list[tuple[str, str]]:
     if not names:
-        raise UserError(f"{source}: holds no images ({' '.join(SUFFIXES)}); it must hold train/CLASS/NAME.jpg")
+        tars = sorted(path for path in source.glob("*.t*") if path.suffix == ".tgz" or ".tar" in path.suffixes)
+        hint = f", or name the tar in it: --source {tars[0]}" if tars else ""
+        raise UserError(f"{source}: holds no images ({' '.join(SUFFIXES)}); it must hold train/CLASS/NAME.jpg{hint}")
     paths = [("", *name.split("/")) for name in names]  # a tar may have a folder before train/: the same for all
     depth = 3 if any(path[-3:-2] == ("train",) for path in paths) else 2
     leads = Counter(path[:-depth] for path in paths if len(path) > depth)

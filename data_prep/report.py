@@ -7,7 +7,9 @@ many as hold 1 GiB.
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,8 +45,15 @@ def run(options: argparse.Namespace) -> None:
         if options.label is not None:
             choice(options.label, dataset.features, "column")
         print(report(dataset, options.png, options.label or "y"))
+        if options.png is not None:
+            print(f"picture   {options.png}")
     finally:
         dataset.close()
+
+
+def drawing(path: Path) -> str:
+    """Say by which command a dataset is drawn."""
+    return f"python -m data_prep report {path} --png FILE draws it (with matplotlib)"
 
 
 def report(dataset: Dataset, picture: Path | None = None, label: str = "y") -> str:
@@ -166,9 +175,10 @@ def _draw(dataset: Dataset, split: str, label: str, tally: Tally, picture: Path)
         raise UserError('pictures are drawn by matplotlib, which is missing: pip install -e ".[prep]"') from None
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     with matplotlib.rc_context(style):
-        figure = _figure(dataset, split, label, tally)
+        figure, png = _figure(dataset, split, label, tally), io.BytesIO()
         try:
-            figure.savefig(picture, format="png", dpi=200)
+            figure.savefig(png, format="png", dpi=200)
+            picture.write_bytes(png.getvalue())  # at once: not half of it, if interrupted
         except OSError as error:
             raise UserError(f"{picture} cannot be written ({error.strerror}); choose another --png") from None
 
@@ -185,11 +195,21 @@ def _figure(dataset: Dataset, split: str, label: str, tally: Tally) -> Figure:
     elif kind == "tokens":
         _draw_histogram(left[0], tally.of_clients.astype(np.int64), f"tokens per client (column {label})")
     _draw_histogram(right, dataset.sizes(split), "examples per client")
+    figure.suptitle(_title(dataset, split, 150 if kind else 75), fontsize="medium")
     return figure
 
 
+def _title(dataset: Dataset, split: str, width: int) -> str:
+    """Which dataset this is and how it was made, in lines of at most so many characters."""
+    made = textwrap.wrap(str(dataset.provenance.get("made", "")), width, max_lines=3, placeholder=" ...")
+    return "\n".join([f"{dataset.path.resolve().name}, split {split}", *made])
+
+
 def _draw_labels(axes: Axes, dataset: Dataset, split: str, label: str) -> None:
-    """Label distributions of up to 50 clients, smallest client first: bars, or a heat map for many classes."""
+    """Label distributions of up to 50 clients, smallest client first: bars, or a heat map for many classes.
+
+    Clients all of one size are in their own order, and have no sizes on the axis.
+    """
     feature, sizes = dataset.features[label], dataset.sizes(split)
     order = np.argsort(sizes, kind="stable")
     order = order[np.searchsorted(sizes[order], 1) :]
@@ -198,9 +218,14 @@ def _draw_labels(axes: Axes, dataset: Dataset, split: str, label: str) -> None:
     shares = np.array([count / count.sum() for count in counts]).reshape(len(shown), feature.classes).T
     names = [name[:16] for name in feature.names or map(str, range(feature.classes))]
     (_draw_bars if feature.classes <= len(COLOURS) else _draw_heat)(axes, shares, names)
+    those, smallest, largest = f"{len(shown):,} of {len(sizes):,} clients", sizes[shown[0]], sizes[shown[-1]]
+    if smallest == largest:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{those}, each with {largest:,} examples")
+        return
     ticks = np.unique(np.linspace(0, len(shown) - 1, min(6, len(shown))).round().astype(int))
     axes.set_xticks(ticks, [f"{sizes[shown[tick]]:,}" for tick in ticks])
-    axes.set_xlabel(f"examples of the client ({len(shown):,} of {len(sizes):,} clients, smallest first)")
+    axes.set_xlabel(f"examples of the client ({those}, smallest first)")
 
 
 def _draw_bars(axes: Axes, shares: np.ndarray, names: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.conversion import Conversion, Split
+from data_prep.report import drawing
 from data_prep.writing import add_compression, cores, write
 from mpifl.config import UserError
 from mpifl.data.pieces import Storage
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
                 raise UserError(f"{options.out} has another digest than {options.dataset}: verify that one")
             counts = ", ".join(f"{split} {len(made.shards(split))}" for split in made.splits)
     print(f"{options.out}: the same clients and digest in other shards ({counts})")
+    print(drawing(options.out))
 
 
 def _refuse_large_shards(source: Dataset, shards: int) -> None:

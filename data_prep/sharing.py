@@ -61,12 +61,37 @@ class Shares(NamedTuple):
     test: dict[str, np.ndarray]
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str = "iid") -> None:
-    """Declare --partition and everything it takes, --seed, and --hold-out."""
+def add_client_column(parser: argparse.ArgumentParser) -> None:
+    """Declare the column of client ids, for `by_client_column`."""
+    what = "column of client ids: each becomes a client (--partition by-column)"
+    parser.add_argument("--client-column", metavar="NAME", help=what)
+
+
+def by_client_column(options: argparse.Namespace, otherwise: str = "") -> argparse.Namespace:
+    """Settle the partition: --client-column alone means by-column; UserError for one without the other."""
+    column, partition = options.client_column, options.partition
+    if column is not None and partition not in (None, "by-column"):
+        problem = f"--client-column {column} makes a client of each id, --partition {partition} shares rows out"
+        raise UserError(f"{problem}; leave one of them out")
+    partition = partition or ("by-column" if column is not None else otherwise)
+    if column is None and partition in ("", "by-column"):
+        raise UserError("give --client-column, the column of client ids, or another --partition, e.g. iid")
+    return argparse.Namespace(**vars(options) | {"partition": partition})
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str | None = "iid", means: str = "") -> None:
+    """Declare --partition and everything it takes, --seed, and --hold-out.
+
+    default: None leaves it open, and `means` says what that means.
+    """
     lines = [f"  {name:17}{function.__doc__.splitlines()[0]}" for name, function in PARTITIONS.items()]
     group = parser.add_argument_group("partition", "how examples are shared out over clients:\n" + "\n".join(lines))
     group.add_argument(
-        "--partition", choices=PARTITIONS, default=default, metavar="NAME", help=f"see above (default: {default})"
+        "--partition",
+        choices=PARTITIONS,
+        default=default,
+        metavar="NAME",
+        help=f"see above (default: {means or default})",
     )
     for option, (kind, what) in OPTIONS.items():
         takers = [name for name, function in PARTITIONS.items() if option in _parameters(function)]

@@ -27,19 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where the table is, what its columns are, and how to share its rows out."""
     parser.add_argument("--source", required=True, type=Path, metavar="PATH", help="file, or folder of files")
     parser.add_argument("--test", type=Path, metavar="PATH", help="the same with the rows of the central split test")
-    parser.add_argument("--client-column", metavar="NAME", help="column of client ids, for --partition by-column")
+    sharing.add_client_column(parser)
     parser.add_argument("--label-column", metavar="NAME", help="column that becomes y")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns to take (default: all of numbers)")
     parser.add_argument("--separate", action="store_true", help="keep columns apart instead of joining them to x")
     corpus.add_arguments(parser)
-    sharing.add_arguments(parser, default="by-column")
+    sharing.add_arguments(parser, None, "by-column, which needs --client-column")
 
 
 def prepare(options: argparse.Namespace) -> Conversion:
     """Look at the columns, and read ids and labels."""
+    options = sharing.by_client_column(options)
     client, label = options.client_column, options.label_column
-    if options.partition == "by-column" and client is None:
-        raise UserError("give --client-column, the column of client ids, or another --partition, e.g. iid")
     paths = table_files.files(options.source)
     dtype, left = _record(paths[0], options)
     known = table_files.values(paths, [name for name in dict.fromkeys((client, label)) if name])

@@ -98,6 +98,8 @@ def test_missing_idx_file_is_named_with_where_to_fetch_it(digits, tmp_path):
     said = refused(mnist, digits, "--per-label", 1, "--clients", 1)
     assert "t10k-labels-idx1-ubyte.gz" in said and "fetch it from https://" in said
     assert f"there is no folder {tmp_path / 'nowhere'}" in refused(mnist, tmp_path / "nowhere")
+    (tmp_path / "mnist.zip").touch()
+    assert f"{tmp_path / 'mnist.zip'} is a file; --source is the folder" in refused(mnist, tmp_path / "mnist.zip")
 
 
 def test_emnist_is_upright_and_its_labels_have_their_names(tmp_path):
@@ -241,6 +243,7 @@ def test_missing_cifar_says_which_archive_to_fetch(tmp_path):
     folder = files.write_files(tmp_path / "in", files.cifar10_files("binary"))
     (folder / "data_batch_4.bin").unlink()
     said = refused(cifar10, folder)
+    assert "converter images" not in said
     assert "has no data_batch_4" in said and "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in said
 
 
@@ -378,7 +381,20 @@ def test_tar_may_hold_what_is_no_image_but_no_link_and_no_image_twice(tmp_path):
 
 
 def test_no_images_at_all_say_what_must_be_there(tmp_path):
-    assert "holds no images" in refused(images, files.write_files(tmp_path / "in", {"train/a/1.txt": b""}))
+    source = files.write_files(tmp_path / "in", {"train/a/1.txt": b""})
+    assert "holds no images" in (said := refused(images, source)) and "name the tar" not in said
+    (source / "pets.tar.gz").touch()
+    assert f"or name the tar in it: --source {source / 'pets.tar.gz'}" in refused(images, source)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10_of_single_images_is_told_of_the_other_converter(tmp_path, packed):
+    source = files.write_files(tmp_path / "in", {"train/cat/1.JPG": b""})
+    if packed:
+        source = tmp_path / "in.tar.gz"
+        source.write_bytes(files.tar({"train/cat/1.JPG": b""}, "gz"))
+    said = refused(cifar10, source)
+    assert "has no data_batch_1; fetch" in said and "it holds images, which converter images reads" in said
     assert "train/CLASS/NAME.jpg" in refused(images, tmp_path / "nowhere")
     assert "--size 0 3: both must be at least 1" in refused(images, tmp_path / "in", "--size", 0, 3)
 

@@ -145,6 +145,24 @@ def test_bars_are_the_label_shares_of_clients_smallest_first(dataset):
     assert right.get_title() == "without 1 empty clients"
 
 
+def test_a_picture_says_of_what_it_is_and_how_that_was_made(tmp_path):
+    made = "1,000 clients, dirichlet (alpha 0.5), seed 0; " + "word " * 200
+    for number, provenance in enumerate(({"made": made}, {})):
+        with ShardWriter(tmp_path / f"pets{number}", {"y": labels(2)}, provenance) as writer:
+            writer.write("held_out", [("c", {"y": np.zeros(1, "u1")})])
+        pets = Dataset(tmp_path / f"pets{number}")
+        title, *lines = figure(pets, split="held_out").get_suptitle().splitlines()
+        assert title == f"pets{number}, split held_out"
+        assert len(lines) == 3 * bool(provenance)
+        assert not lines or lines[0].startswith("1,000 clients, dirichlet (alpha 0.5), seed 0; word")
+        pets.close()
+
+
+def test_clients_of_one_size_have_it_said_once(dataset):
+    left, _ = figure(dataset([[0, 1], [], [1, 1]], labels(2))).axes
+    assert left.get_xlabel() == "2 of 3 clients, each with 2 examples" and not len(left.get_xticks())
+
+
 def test_fifty_clients_are_shown_evenly_over_the_sizes(dataset):
     made = dataset([[0] * n for n in np.random.RandomState(0).permutation(491)[:490] + 1], labels(2))
     left, _ = figure(made).axes
@@ -220,8 +238,21 @@ def test_png_of_empty_clients_decades_of_sizes_and_many_long_names(dataset, tmp_
 def test_command_reports_and_draws_the_digits(tmp_path, capsys):
     picture = tmp_path / "digits.png"
     assert main(["report", str(embedded("digits")), "--png", str(picture)]) == 0
-    assert "train      100      0     1,437         14 / 14 / 15" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train      100      0     1,437         14 / 14 / 15" in said and f"picture   {picture}\n" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_picture_leaves_the_one_before(dataset, tmp_path, monkeypatch):
+    def interrupted(figure, file, **_):
+        (file.write if hasattr(file, "write") else file.write_bytes)(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.png").write_bytes(b"whole")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report(dataset([[0]], labels(2)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"whole"
 
 
 def test_command_takes_another_label(dataset, capsys):

@@ -173,7 +173,15 @@ def test_label_columns_hold_their_last_class(count, dtype):
 def test_clients_need_a_column_or_another_partition(tmp_path):
     source = written(tmp_path, VISITS)
     assert "give --client-column" in refused(tables, source)
+    assert "give --client-column" in refused(tables, source, "--partition", "by-column")
     assert len(clients(prepare(tables, source, "--partition", "iid", "--clients", 4))) == 4
+
+
+def test_a_client_column_beside_another_partition_is_refused(tmp_path, tokenizer):
+    said = "--client-column author makes a client of each id, --partition iid shares rows out; leave one of them out"
+    options = ("--client-column", "author", "--partition", "iid")
+    assert refused(tables, written(tmp_path, VISITS), *options) == said
+    assert refused(hf, saved(tmp_path, {"": REVIEWS}), "--tokenizer", tokenizer, *options) == said
 
 
 UTF8 = files.csv_bytes({"who": ["a", "é"], "v": [1, 2]}, "latin1")
@@ -288,13 +296,14 @@ def test_a_split_without_labels_is_refused(tmp_path, tokenizer):
 def test_authors_become_clients(tmp_path, tokenizer):
     source = saved(tmp_path, {"": REVIEWS})
     options = ("--tokenizer", tokenizer / "tokenizer.json", "--length", 4, "--client-column", "author")
-    made = prepare(hf, source, *options, "--partition", "by-column")
+    made = prepare(hf, source, *options)
+    assert made.provenance["made"].startswith("by-column, ")
     assert {client: found["y"].tolist() for client, found in clients(made).items()} == {
         "ann": [1, 1, 0],
         "bob": [0, 0],
         "cy": [1],
     }
-    assert "goes with --partition by-column" in refused(hf, source, *options)
+    assert list(clients(prepare(hf, source, *options, "--partition", "by-column"))) == ["ann", "bob", "cy"]
 
 
 def test_language_model_windows_lose_no_transition(tmp_path, tokenizer):

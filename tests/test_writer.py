@@ -531,7 +531,7 @@ def test_existing_folder_is_refused_untouched_unless_empty(tmp_path, open_datase
     (tmp_path / "file").write_text("a file")
     (tmp_path / "empty").mkdir()
     for name in ("full", "file", "/"):
-        with pytest.raises(UserError, match="remove it or choose another --out"):
+        with pytest.raises(UserError, match="remove it or choose another path"):
             ShardWriter(tmp_path / name)
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
     make(tmp_path / "empty", clients())
@@ -539,7 +539,7 @@ def test_existing_folder_is_refused_untouched_unless_empty(tmp_path, open_datase
 
 
 def test_folder_filled_meanwhile_is_refused_untouched(tmp_path):
-    with pytest.raises(UserError, match="choose another --out"), ShardWriter(tmp_path / "d") as writer:
+    with pytest.raises(UserError, match="choose another path"), ShardWriter(tmp_path / "d") as writer:
         writer.write("train", clients())
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "theirs").write_text("kept")

@@ -12,7 +12,7 @@ from conftest import Job
 from noise import PIECES
 
 from data_prep.__main__ import main
-from data_prep.conversion import Split
+from data_prep.conversion import MOST_PIECES, PIECE_BYTES, Split, ranges
 from data_prep.reshard import cut
 from data_prep.writing import Progress, key_of
 from mpifl import run
@@ -207,6 +207,29 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path, limit, compression,
     assert list(tmp_path.glob("out*")) == []
 
 
+# ---- pieces
+
+
+@pytest.mark.parametrize("shard_mb", [1, 4, 256])
+@pytest.mark.parametrize(
+    "sizes", [[0] * 5, [3000] * 2003, [1 << 21] * 300, [1 << 23, 5, 0, 70, 1 << 20, 1 << 20, 9] * 9]
+)
+def test_pieces_fill_shards_or_leave_work_for_all_cores(sizes, shard_mb):
+    parts, total = ranges(np.array(sizes), shard_mb), sum(sizes)
+    assert [client for part in parts for client in part] == list(range(len(sizes)))
+    held = [sum(sizes[part.start : part.stop]) for part in parts]
+    shard, share = shard_mb << 20, max(PIECE_BYTES, total / MOST_PIECES)
+    assert all(len(part) and (size <= shard or len(part) == 1) for part, size in zip(parts, held))
+    # The next client would not fit into the shard, or there is enough.
+    assert all(size + sizes[part.stop] > min(shard, share) for part, size in zip(parts[:-1], held))
+    assert all(size <= 2 * share + max(sizes) for size in held)
+
+
+def test_pieces_are_alike_where_clients_are():
+    assert [len(part) for part in ranges(np.full(999, PIECE_BYTES // 240))] == [250, 250, 250, 249]
+    assert ranges(np.array([], int)) == [range(0)]
+
+
 # ---- what makes it the same conversion
 
 
@@ -244,7 +267,8 @@ def test_progress_is_of_the_clients_that_this_process_has_left(capsys):
 def test_reshard_keeps_clients_their_order_and_the_digest(tmp_path, shards, capsys):
     arguments = [str(embedded("digits")), "--out", str(tmp_path / "d"), "--shards", str(shards), "--jobs", "1"]
     assert main(["reshard", *arguments, "--compression", "gzip"]) == 0
-    assert f"train {shards})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"train {shards})" in said and f"python -m data_prep report {tmp_path / 'd'} --png FILE draws it" in said
     source, made = Dataset(embedded("digits")), Dataset(tmp_path / "d")
     assert made.digest == source.digest == made.recomputed_digest()
     assert (len(made.shards("train")), made.provenance) == (shards, source.provenance)
