@@ -3,24 +3,30 @@
 What to put where: --source is a file (.csv, .csv.gz, .parquet, .npz: an array per column) or a folder of such files,
 read in order of name; --test is another one, for the central split "test". Each value of --client-column becomes a
 client, or another --partition shares the rows out. The columns of numbers (or --columns, in that order) become x,
-float32 (n, F), or with --separate columns of their own in the dtype they have (CSV: float32). --label-column becomes
-y: whole numbers and text are classes, numbered in order; other numbers stay what they are. Ids and labels are kept
-in memory, and one copy of the rest per process on disk, in TMPDIR.
+float32 (n, F), stored as they are; the mean and std of each over the training rows are recorded, and models are fed
+(x - mean) / std. With --separate they stay columns of their own in the dtype they have (CSV: float32). --label-column
+becomes y: whole numbers and text are classes, numbered in order; other numbers stay what they are. Ids and labels are
+kept in memory, and one copy of the rest per process on disk, in TMPDIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import corpus, sharing, table_files
-from data_prep.conversion import Conversion
+from data_prep.conversion import Conversion, Split
 from data_prep.labels import label_column, numbered
 from mpifl.config import UserError, choice
 from mpifl.data.shard import Columns, Feature
+
+_AT_ONCE = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", metavar="NAME", help="column that becomes y")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns to take (default: all of numbers)")
     parser.add_argument("--separate", action="store_true", help="keep columns apart instead of joining them to x")
+    parser.add_argument("--unscaled", action="store_true", help="record no mean and std of x")
     corpus.add_arguments(parser)
     sharing.add_arguments(parser, None, "by-column, which needs --client-column")
 
@@ -56,9 +63,12 @@ def prepare(options: argparse.Namespace) -> Conversion:
     made = f"{'columns' if options.separate else 'x of columns'} {', '.join(dtype.names)}"
     if left:
         made += f", without {', '.join(left)}"
+    splits = corpus.splits(options, train._replace(groups=known.get(client)), central)
+    if not options.separate and not options.unscaled:
+        features["x"] = _scaled(features["x"], splits[0], train.read)
     return Conversion(
         features=features,
-        splits=corpus.splits(options, train._replace(groups=known.get(client)), central),
+        splits=splits,
         provenance=corpus.provenance(options, made + (f"; y of {label}" if label else "")),
     )
 
@@ -104,6 +114,26 @@ def _rows(
     where["row"], where["y"] = np.arange(count), numbered(known[label], target, place)
     labels = where["y"] if target.classes else None
     return corpus.Rows(where, read, dtype.itemsize + where["y"].itemsize, labels=labels)
+
+
+def _scaled(feature: Feature, train: Split, read: Callable[[np.ndarray], Columns]) -> Feature:
+    """Record the mean and std of each column over the training rows, in their order in the files."""
+    where = np.sort(np.concatenate([rows for piece in train.pieces for _, rows in piece]))
+    blocks = [where[start : start + _AT_ONCE] for start in range(0, len(where), _AT_ONCE)]
+
+    def means(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        # Not numpy's sum: its last bits, hence the dataset's digest, may be another processor's own.
+        sums = [
+            [math.fsum(column) for column in of(read(block)["x"].astype(np.float64)).T.tolist()] for block in blocks
+        ]
+        return np.array([math.fsum(column) / len(where) for column in zip(*sums)])
+
+    if not len(where):
+        return feature
+    mean = means(lambda x: x)
+    std = np.sqrt(means(lambda x: (x - mean) ** 2))
+    std[std <= 1e-7 * np.abs(mean)] = 1.0  # float32 knows no difference
+    return replace(feature, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def _read(paths: tuple[Path, ...], dtype: np.dtype, separate: bool, labelled: bool, where: np.ndarray) -> Columns:
