@@ -60,7 +60,7 @@ def test_mean_and_std_of_each_column_are_those_of_the_training_rows_alone(tmp_pa
     columns = {
         "who": rng.randint(0, 7, 300),
         "far": rng.normal(4e4, 3, 300).astype(np.float32),
-        "near": rng.exponential(1e-4, 300).astype(np.float32),
+        "wide": rng.lognormal(0, 12, 300).astype(np.float32),
         "same": np.full(300, 0.1, np.float32),
     }
     path, asked = written(tmp_path, columns, "npz"), ("--client-column", "who", "--hold-out", "0.3")
