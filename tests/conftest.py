@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,3 +193,12 @@ def launch(tmp_path_factory):
         return Finished(job.process.returncode, stdout, stderr, seconds)
 
     return launch
+
+
+@pytest.fixture
+def open_dataset():
+    """Open datasets that are closed at the test's end."""
+    from mpifl.data.shard import Dataset  # not where tests are only listed or started
+
+    with ExitStack() as opened:
+        yield lambda path: opened.enter_context(closing(Dataset(path)))

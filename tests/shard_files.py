@@ -150,3 +150,8 @@ def flip_byte(path, at):
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
+
+
+def one_line(error):
+    """What an error of pytest.raises says, if it is one line."""
+    return "\n" not in str(error.value) and str(error.value)

@@ -20,6 +20,7 @@ from shard_files import (
     concatenated,
     flip,
     flip_byte,
+    one_line,
     plant,
     plant_shard,
     replace_text,
@@ -40,23 +41,6 @@ def planted(tmp_path):
         "test": ([("block-00000-000000", arrays(5))], (0, 1), True),
     }
     return plant(tmp_path / "planted", splits)
-
-
-@pytest.fixture
-def open_dataset():
-    opened = []
-
-    def open_(path):
-        opened.append(Dataset(path))
-        return opened[-1]
-
-    yield open_
-    for dataset in opened:
-        dataset.close()
-
-
-def one_line(error):
-    return "\n" not in str(error.value) and str(error.value)
 
 
 # ---- what is there

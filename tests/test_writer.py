@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from shard_files import SIZES, arrays, assert_same, clients, concatenated, flip_byte, stored
+from shard_files import SIZES, arrays, assert_same, clients, concatenated, flip_byte, one_line, stored
 
 from data_prep.conversion import Conversion, Split
 from data_prep.writing import write
@@ -31,10 +31,6 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def one_line(error):
-    return "\n" not in str(error.value) and str(error.value)
-
-
 def make(path, held, features=FEATURES, provenance=None, **how):
     with ShardWriter(path, features, provenance, **how) as writer:
         writer.write("train", held)
@@ -45,19 +41,6 @@ def digest_of(path):
     dataset = Dataset(path)
     dataset.close()
     return dataset.digest
-
-
-@pytest.fixture
-def open_dataset():
-    opened = []
-
-    def open_(path):
-        opened.append(Dataset(path))
-        return opened[-1]
-
-    yield open_
-    for dataset in opened:
-        dataset.close()
 
 
 def compressions():
