@@ -71,7 +71,7 @@ def test_modules_that_commands_name_exist_and_have_these_flags(capsys):
             program = (module, part[1]) if part else (module,)
             flags.setdefault(program, set()).update(re.findall(r"(?<=\s)--[a-z-]+", rest))
     of_conversions = set(re.findall(r"`(--[a-z-]+)`", section("Datasets")))
-    flags[("data_prep", "images")] |= of_conversions
+    flags[("data_prep", "table")] |= of_conversions
     flags[("mpifl.train",)].update(span for span in SPANS if span[:2] == "--" and span not in of_conversions)
     assert flags[("mpifl.train",)] and flags[("data_prep", "mnist")]
     asked = {program: wanted for program, wanted in flags.items() if wanted or program[0] == "mpifl.evaluate"}
