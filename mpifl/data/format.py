@@ -115,11 +115,13 @@ def content_digest(features: str, splits: Mapping[str, dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([features, splits], sort_keys=True).encode()).hexdigest()
 
 
-def shard_tables(shard: Mapping[str, Any], features: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tables of a shard that its digest covers, read one after another: of millions of clients they are large."""
+def shard_tables(shard: Mapping[str, Any], features: Iterable[str], at_once: int = 1 << 20) -> Iterator[np.ndarray]:
+    """The tables of a shard that its digest covers, in order and in parts: of millions of clients they are large."""
     names = sorted(features)
     items = [f"items/{name}" for name in names if f"items/{name}" in shard]
-    return (shard[name][:] for name in ("offsets", "ids", *items, *(f"crc32/{name}" for name in names)))
+    for name in ("offsets", "ids", *items, *(f"crc32/{name}" for name in names)):
+        for start in range(0, len(shard[name]), at_once):
+            yield shard[name][start : start + at_once]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
