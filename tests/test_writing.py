@@ -85,6 +85,11 @@ def converted(launch, tmp_path, *options, jobs=2, ranks=None):
     return done
 
 
+def speaks_once(stderr, line):
+    """Whether the line is all that mpifl says; Open MPI's launcher adds words of its own."""
+    return stderr.startswith(line) and stderr.count("mpifl: ") == 1
+
+
 def kept_pieces(tmp_path):
     """Shards of complete pieces in the unfinished folder: by inode, as they will have other names."""
     partial = tmp_path / "out.partial"
@@ -165,7 +170,7 @@ def test_second_conversion_into_the_same_folder_is_refused(launch, tmp_path, und
         for ranks in (None, 2):
             second = launch(ranks, *words(tmp_path / "out", "--seed", 1), env=ENV)
             said = f"mpifl: {tmp_path / 'out'} is being made by another process; wait for it, or end it\n"
-            assert (second.returncode, second.stderr) == (2, said)
+            assert second.returncode == 2 and speaks_once(second.stderr, said)
         assert before == sorted((path.name, path.stat().st_size) for path in (tmp_path / "out.partial").iterdir())
         (tmp_path / "hold").unlink()
         assert job.wait(30) and job.process.returncode == 0
@@ -177,7 +182,7 @@ def test_second_conversion_into_the_same_folder_is_refused(launch, tmp_path, und
 def test_bad_value_in_a_piece_is_one_line_and_other_pieces_are_kept(launch, tmp_path, ranks, jobs):
     done = launch(ranks, *words(tmp_path / "out", "--fail", 4, jobs=jobs), env=ENV)
     said = "mpifl: split 'train', client 'client-4-2', column 'y': row 1 holds 10, labels must be 0 to 9\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    assert done.returncode == 2 and speaks_once(done.stderr, said)
     # Of the four before it, another process may have been in the middle of one.
     assert nothing_looks_finished(tmp_path) and 3 <= kept_pieces(tmp_path)[0] < PIECES
 
