@@ -309,4 +309,6 @@ def _nothing_in(split: str, central: bool) -> UserError:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists and is not an empty folder; remove it or choose another path (of data_prep: --out)")
+        raise UserError(
+            f"{path} exists and is not an empty folder; remove it or choose another path (of data_prep: --out)"
+        )
