@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 import mpifl
 from mpifl.bench import __main__ as bench
-from mpifl.bench import cases, data, datasets, reading, step, training
+from mpifl.bench import cases, data, datasets, reading, rounds, step, training
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset
 from mpifl.data.writer import ShardWriter
@@ -139,6 +140,55 @@ def test_step_prints_a_table_and_appends_the_same_cases_as_json_lines(two_steps,
         assert line["ms_hand"] > 0 and line["ratio"] == pytest.approx(line["ms_ours"] / line["ms_hand"])
         assert row[width:].split() == [f"{line[name]:.3f}" for name in ("ms_hand", "ms_ours", "ratio")]
         assert line["versions"]["torch"] == torch.__version__ and line["hardware"]
+
+
+# ---- round
+
+
+def test_round_prints_a_case_of_each_workload_and_each_cohort(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def noted(job):
+        asked.append(job)
+        return here(job)
+
+    monkeypatch.setattr(rounds, "trained", noted)
+    monkeypatch.setattr(rounds, "SMALL_CLIENTS", 30)
+    monkeypatch.setattr(rounds, "COHORTS", (2, 20))
+    only = {name: rounds.WORKLOADS[name]._replace(cohort=2) for name in ("dense", "lstm", "memory")}
+    monkeypatch.setattr(rounds, "WORKLOADS", only)
+    arguments = ["round", "--rounds", "2", "--only", *only, "--folder", str(tmp_path / "kept")]
+    rows, lines = table_and_lines(arguments, tmp_path, capsys)
+    assert [line["case"] for line in lines] == [
+        "dense, cohort 2",
+        "lstm, cohort 2",
+        "memory, cohort 2",
+        "memory, cohort 20",
+    ]
+    assert [(job["cohort"], job["rounds"], job["algorithm"]["batches"]["size"]) for job in asked] == [
+        (2, 2, 20),
+        (2, 2, 4),
+        (2, 2, 4),
+        (20, 2, 4),
+    ]
+    for line in lines[:2]:
+        shares = [line[f"percent_{phase}"] for phase in rounds.PHASES]
+        assert all(share > 0 for share in shares) and sum(shares) <= 100 and line["examples_per_s"] > 0
+    assert all(line["MB_host"] >= 50 for line in lines[2:]) and len(rows) == 6
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["femnist", "many_small", "speech"]
+
+
+def test_clients_of_the_rounds_are_of_the_sizes_that_are_said(tmp_path):
+    for make, few, least in ((datasets.femnist, 60, 16), (datasets.cifar, 3, 50), (datasets.speech, 3, 40)):
+        [case] = make(tmp_path / make.__name__, few)
+        with closing(Dataset(tmp_path / make.__name__)) as dataset:
+            sizes = dataset.sizes("train")
+            assert len(sizes) == case["clients"] == few and sizes.min() >= least
+            columns = dataset.client("train", 1)
+            for name, feature in dataset.features.items():
+                assert columns[name].max() > 0.9 * ((feature.classes or 256) - 1)
+                assert feature.pad is None or columns[name].min() == 1  # no pad, which would end a sequence
+        assert sizes.max() <= 500 and (least > 16) == (sizes.min() == sizes.max())
 
 
 # ---- data

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from mpifl.config import UserError
 
 Case = dict[str, Any]
 """A row of a table and a line of JSON: `case` says what was measured, the other names carry their units."""
@@ -25,6 +30,20 @@ def medians(repeats: int, *contestants: Callable[[], Any]) -> list[float]:
             if repeat:
                 spent.append(time.process_time() - began)
     return [median(spent) for spent in seconds]
+
+
+@contextmanager
+def kept(folder: Path | None) -> Iterator[Path]:
+    """Where datasets are made: a folder to be kept, or a temporary one; UserError if it cannot be made."""
+    if folder is None:
+        with TemporaryDirectory(prefix="mpifl-bench-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--folder is '{folder}', which cannot be made: {error.strerror}") from None
+    yield folder
 
 
 def count(text: str) -> int:

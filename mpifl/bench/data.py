@@ -14,15 +14,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count as numbers
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from mpifl.bench.cases import Case, count, medians
+from mpifl.bench.cases import Case, count, kept, medians
 from mpifl.bench.datasets import evict, images, people, stored_bytes
 from mpifl.bench.reading import ways_to_read
-from mpifl.bench.training import Trained, trained
+from mpifl.bench.training import Trained, job, trained
 from mpifl.config import UserError
 from mpifl.engine.serial import keep_freed_memory
 from mpifl.rand import fold, sample
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Yield all cases."""
     keep_freed_memory()
-    with _kept(options.folder) as folder:
+    with kept(options.folder) as folder:
         crowd = folder / f"people-{options.clients}"
         yield from people(crowd, options.clients)
         yield from opening(crowd)
@@ -81,7 +80,7 @@ def sampling(clients: int, repeats: int, draws: int = 20) -> Case:
 def crowd_training(path: Path, clients: int) -> Iterator[Case]:
     """Train logistic regression on a cohort of thousands: memory of each rank, and where a round's time goes."""
     cohort = min(PEOPLE_COHORT, clients)
-    run = trained(_job(path, "logistic", cohort, rounds=3, batch=4))
+    run = trained(job(path, {"name": "logistic"}, cohort, rounds=3, batch=4))
     case = f"train, cohort {cohort:,} of {clients:,}"
     yield {"case": case} | {f"MB_rank_{rank}": size / 1e6 for rank, size in enumerate(run.summary["resident_bytes"])}
     yield {
@@ -133,7 +132,7 @@ def prefetching(path: Path) -> Iterator[Case]:
     for files, prepare in (("warm", lambda path: None), ("cold", evict)):
         for what, cache_mb in (("prefetch", budget), ("no prefetch", 0)):
             prepare(path)
-            run = trained(_job(path, WRITER_MODEL, 10, rounds=6, batch=20, cache_mb=cache_mb))
+            run = trained(job(path, {"name": WRITER_MODEL}, 10, rounds=6, batch=20, cache_mb=cache_mb))
             yield {"case": f"conv net, files {files}, {what}"} | _waited(run)
 
 
@@ -144,17 +143,6 @@ def _waited(run: Trained) -> Case:
         "s_round": run.round_seconds,
         "ms_load_per_host": 1e3 * spent["load"] / hosts,
         "percent_load": 100 * spent["load"] / sum(spent.values()),
-    }
-
-
-def _job(path: Path, model: str, cohort: int, rounds: int, batch: int, cache_mb: int = 512) -> dict:
-    return {
-        "rounds": rounds,
-        "cohort": cohort,
-        "data": {"path": str(path), "cache_mb": cache_mb},
-        "model": {"name": model},
-        "algorithm": {"name": "fedavg", "client_opt": {"name": "sgd", "lr": 0.01}, "batches": {"size": batch}},
-        "run": {"eval_every": rounds},
     }
 
 
@@ -203,19 +191,3 @@ def _read_only_and_locked(path: Path) -> Iterator[None]:
             held.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _kept(folder: Path | None) -> AbstractContextManager[Path]:
-    if folder is None:
-        return _temporary()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--folder is '{folder}', which cannot be made: {error.strerror}") from None
-    return nullcontext(folder)
-
-
-@contextmanager
-def _temporary() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="mpifl-bench-") as folder:
-        yield Path(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ Client = tuple[str, dict[str, np.ndarray]]
 
 PEOPLE = {"x": Feature("uint8", (16,), mean=127.5, std=73.9), "y": Feature("uint8", (), classes=10)}
 IMAGES = {"x": Feature("uint8", (28, 28), mean=0.0, std=255.0), "y": Feature("uint8", (), classes=62)}
+COLOUR = {"x": Feature("uint8", (3, 32, 32), mean=127.5, std=73.9), "y": Feature("uint8", (), classes=10)}
+SPEECH = {name: Feature("uint8", (80,), classes=90, pad=0) for name in "xy"}
 TEST_ROWS = 1000
 
 
@@ -30,6 +32,22 @@ def people(path: Path, clients: int) -> Iterator[Case]:
 def images(path: Path, clients: int, rows: int, compression: str = "") -> Iterator[Case]:
     """So many clients of so many 28x28 images: the embedded handwriting, enlarged, in a new choice for each client."""
     return _written(path, IMAGES, _images(clients, rows), {"rows": rows}, compression)
+
+
+def femnist(path: Path, clients: int = 340) -> Iterator[Case]:
+    """Clients with as many 28x28 images as FEMNIST's writers have, about: log-normal, 16 to 500, 198 in the mean."""
+    sizes = np.clip(np.random.RandomState(1).lognormal(5.1, 0.6, clients), 16, 500).astype(np.int64)
+    return _written(path, IMAGES, _noise(sizes.tolist(), IMAGES), {"rows": "log-normal(5.1, 0.6), 16 to 500"}, "")
+
+
+def cifar(path: Path, clients: int = 200) -> Iterator[Case]:
+    """Clients of 50 colour images 32x32 of noise."""
+    return _written(path, COLOUR, _noise([50] * clients, COLOUR), {"rows": 50}, "")
+
+
+def speech(path: Path, clients: int = 100) -> Iterator[Case]:
+    """Clients of 40 sequences of 80 characters at random."""
+    return _written(path, SPEECH, _noise([40] * clients, SPEECH), {"rows": 40}, "")
 
 
 def evict(path: Path) -> None:
@@ -92,6 +110,16 @@ def _images(clients: int, rows: int) -> Iterator[Client]:
                 "y": random.randint(0, 62, rows).astype(np.uint8),
             },
         )
+
+
+def _noise(sizes: Sequence[int], features: dict[str, Feature]) -> Iterator[Client]:
+    random = np.random.RandomState(0)
+    for number, rows in enumerate(sizes):
+        columns = {}
+        for name, feature in features.items():
+            least = 0 if feature.pad is None else 1  # a pad would end the sequence
+            columns[name] = random.randint(least, feature.classes or 256, (rows, *feature.shape), np.uint8)
+        yield f"client-{number:06d}", columns
 
 
 def enlarged() -> np.ndarray:

@@ -36,11 +36,27 @@ class Trained:
         later = self.rounds[1:]
         return sum(record["host_seconds"][phase] for record in later) / len(later)
 
+    def mean(self, figure: str) -> float:
+        """Mean of a figure of the records of rounds; the first round is left out."""
+        return sum(record[figure] for record in self.rounds[1:]) / len(self.rounds[1:])
+
     @property
     def round_seconds(self) -> float:
         """Seconds of a round, without evaluation; the first round is left out."""
         later = self.rounds[1:]
         return sum(record["seconds"]["total"] - record["seconds"].get("evaluate", 0.0) for record in later) / len(later)
+
+
+def job(path: Path, model: Table, cohort: int, rounds: int, batch: int, cache_mb: int = 512) -> Table:
+    """FedAvg with SGD, one epoch of each client; what is scored at the end is left to a few rows."""
+    return {
+        "rounds": rounds,
+        "cohort": cohort,
+        "data": {"path": str(path), "cache_mb": cache_mb},
+        "model": model,
+        "algorithm": {"name": "fedavg", "client_opt": {"name": "sgd", "lr": 0.01}, "batches": {"size": batch}},
+        "run": {"eval_every": rounds, "eval_rows": 64},
+    }
 
 
 def trained(job: Table) -> Trained:
