@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +16,8 @@ import torch
 
 import mpifl
 from mpifl.bench import __main__ as bench
-from mpifl.bench import cases, data, datasets, reading, rounds, step, training
+from mpifl.bench import cases, data, datasets, exchange, messages, reading, rounds, step, training
+from mpifl.comm import connect
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset
 from mpifl.data.writer import ShardWriter
@@ -189,6 +192,42 @@ def test_clients_of_the_rounds_are_of_the_sizes_that_are_said(tmp_path):
                 assert columns[name].max() > 0.9 * ((feature.classes or 256) - 1)
                 assert feature.pad is None or columns[name].min() == 1  # no pad, which would end a sequence
         assert sizes.max() <= 500 and (least > 16) == (sizes.min() == sizes.max())
+
+
+# ---- comm
+
+
+@pytest.mark.mpi(ranks=3)
+def test_what_is_exchanged_is_the_payload_of_a_round():
+    comm = connect()
+    before = comm.bytes_down, comm.bytes_up
+    figures = exchange.exchanged(comm, 1000, 2)
+    assert (comm.bytes_down - before[0], comm.bytes_up - before[1]) == (3 * 4000, 3 * 8000)
+    assert figures.keys() == ({"down", "up", "copy"} if comm.rank == 0 else {"down", "up"})
+    assert all(0 < ms < 10_000 for ms in figures.values())
+
+
+def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def noted(ranks, module, *words):
+        asked.append((ranks, module, *words))
+        return json.dumps({"down": 2.0, "up": 4.0, "copy": 3.0})
+
+    monkeypatch.setattr(messages, "on_ranks", noted)
+    monkeypatch.setattr(messages, "mpirun", lambda: "mpirun")
+    arguments = ["comm", "--ranks", "2", "5", "--parameters", "10", "2000", "--repeats", "4"]
+    rows, lines = table_and_lines(arguments, tmp_path, capsys)
+    named = [(line["case"], line["ms_round_trip"], line["times_copy"]) for line in lines]
+    assert named == [(f"{ranks} ranks, {size} parameters", 6.0, 2.0) for ranks in (2, 5) for size in ("10", "2,000")]
+    assert asked == [(ranks, "mpifl.bench.exchange", size, "4") for ranks in (2, 5) for size in ("10", "2000")]
+    monkeypatch.setattr(messages, "mpirun", lambda: None)
+    assert bench.main(arguments) == 2 and "needs mpirun" in capsys.readouterr().err
+
+
+def test_the_exchange_prints_its_figures_as_json():
+    said = subprocess.run([sys.executable, "-m", "mpifl.bench.exchange", "10", "1"], capture_output=True, check=True)
+    assert json.loads(said.stdout).keys() == {"down", "up", "copy"}
 
 
 # ---- data

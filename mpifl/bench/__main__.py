@@ -16,7 +16,7 @@ from typing import TextIO
 
 import torch
 
-from mpifl.bench import data, rounds, step
+from mpifl.bench import data, messages, rounds, step
 from mpifl.bench.cases import Case, count
 from mpifl.comm import Alone, World
 from mpifl.config import UserError, choice
@@ -24,7 +24,7 @@ from mpifl.console import Console
 from mpifl.launch import Parser, agree, command
 from mpifl.results import hardware, versions
 
-FAMILIES = {"step": step, "round": rounds, "data": data}
+FAMILIES = {"step": step, "round": rounds, "comm": messages, "data": data}
 CASE_WIDTH = 36
 
 

@@ -64,16 +64,25 @@ def trained(job: Table) -> Trained:
 
     Raises UserError with what it said when it fails.
     """
-    launcher = [mpirun(), "-n", str(1 + HOSTS)] if mpirun() else []
     with TemporaryDirectory() as folder:
         file, out = Path(folder, "job.toml"), Path(folder, "out")
         file.write_text(to_toml(job | {"run": job.get("run", {}) | {"out": str(out)}}))
-        command = [*launcher, sys.executable, "-m", "mpifl.train", str(file), "--quiet"]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
+        on_ranks(1 + HOSTS, "mpifl.train", str(file), "--quiet")
         lines = (out / "metrics.jsonl").read_text().splitlines()
         return Trained(json.loads((out / "summary.json").read_text()), [json.loads(line) for line in lines])
+
+
+def on_ranks(ranks: int, module: str, *words: str) -> str:
+    """Run a module on so many ranks, or in one process where there is no mpirun; returns what it printed.
+
+    Raises UserError with what it said when it fails.
+    """
+    launcher = [mpirun(), "-n", str(ranks)] if mpirun() else []
+    command = [*launcher, sys.executable, "-m", module, *words]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
+    return done.stdout
 
 
 def mpirun() -> str | None:
