@@ -218,6 +218,7 @@ def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch,
     monkeypatch.setattr(messages, "mpirun", lambda: "mpirun")
     arguments = ["comm", "--ranks", "2", "5", "--parameters", "10", "2000", "--repeats", "4"]
     rows, lines = table_and_lines(arguments, tmp_path, capsys)
+    assert len(rows) == 1 + len(lines)
     named = [(line["case"], line["ms_round_trip"], line["times_copy"]) for line in lines]
     assert named == [(f"{ranks} ranks, {size} parameters", 6.0, 2.0) for ranks in (2, 5) for size in ("10", "2,000")]
     assert asked == [(ranks, "mpifl.bench.exchange", size, "4") for ranks in (2, 5) for size in ("10", "2000")]
