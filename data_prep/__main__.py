@@ -17,7 +17,8 @@ from types import ModuleType
 from data_prep.conversion import Conversion
 from data_prep.info import describe
 from data_prep.report import drawing, report
-from data_prep.writing import add_compression, cores, key_of, write
+from data_prep.workers import cores
+from data_prep.writing import add_compression, key_of, write
 from mpifl.comm import Alone, World
 from mpifl.config import UserError, choice
 from mpifl.data.format import INDEX

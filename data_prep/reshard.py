@@ -14,7 +14,8 @@ import numpy as np
 
 from data_prep.conversion import Conversion, Split
 from data_prep.report import drawing
-from data_prep.writing import add_compression, cores, write
+from data_prep.workers import cores
+from data_prep.writing import add_compression, write
 from mpifl.config import UserError
 from mpifl.data.pieces import Storage
 from mpifl.data.shard import Columns, Dataset

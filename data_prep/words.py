@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from data_prep.text import FIRST, most_frequent
 from data_prep.tff import BUCKET
-from data_prep.writing import _begin_worker, _ctrl_c_blocked, cores
+from data_prep.workers import cores, ctrl_c_blocked, workers
 from mpifl.comm import launched_rank
 from mpifl.config import UserError
 
@@ -57,19 +53,10 @@ def count_all(pieces: Sequence[Any], count: Callable[[Any], Counter[str]], jobs:
         print("counting the words of split train, which --word-counts FILE would spare", file=sys.stderr)
     if jobs == 1:
         return _sum(map(count, pieces))
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (None, os.getpid()))
-    try:
-        with _ctrl_c_blocked():  # workers inherit this: it is for us to end them
+    with workers(jobs) as pool:
+        with ctrl_c_blocked():
             counted = pool.map(count, pieces)
         return _sum(counted)
-    except BrokenProcessPool:
-        raise UserError("a process that counted words was killed, perhaps for lack of memory; lower --jobs") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-            worker.join()
 
 
 def read_counts(path: Path) -> dict[str, int]:

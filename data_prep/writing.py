@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep import workers
 from data_prep.conversion import Conversion, Split
 from mpifl.comm import Alone, World
-from mpifl.config import UserError
 from mpifl.data.pieces import COMPRESSIONS, Storage, write_piece
 from mpifl.data.writer import Unfinished, provenance_json
 from mpifl.launch import agree
 
 Task = tuple[Split, int]
 """A split and the number of one of its pieces."""
-
-DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def write(
@@ -107,12 +100,9 @@ def _write_one(folder: Path, split: Split, number: int, piece: Any, storage: Sto
 
 
 def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int, progress: Progress) -> None:
-    # Not by fork: a copy of a process with threads, or with HDF5 files open, may hang.
-    spawn = multiprocessing.get_context("spawn")
-    count, others = spawn.Value("q", 0), set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (count, os.getpid()))
-    try:
-        with _ctrl_c_blocked():  # workers inherit this: it is for us to end them
+    count = workers.SPAWN.Value("q", 0)
+    with workers.workers(jobs, count) as pool:
+        with workers.ctrl_c_blocked():
             futures = [
                 pool.submit(_work, folder, replace(split, pieces=()), number, split.pieces[number], storage)
                 for split, number in tasks
@@ -121,44 +111,16 @@ def _write_in_pool(folder: Path, tasks: list[Task], storage: Storage, jobs: int,
             progress.show(count.value)
         for future in left.done:
             future.result()
-    except BrokenProcessPool:
-        raise UserError("a process was killed while it converted, perhaps for lack of memory; lower --jobs") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        workers = set(multiprocessing.active_children()) - others
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()  # what they leave behind is ours from here on
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _failed(futures: set[Future]) -> bool:
     return any(future.exception() for future in futures)
 
 
-def _begin_worker(count: Any, parent: int) -> None:
-    """A worker ends with the process that started it, however that ends."""
-    global _count
-    _count = count
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it ended before this one was asked to notice
-
-
 def _work(folder: Path, split: Split, number: int, piece: Any, storage: Storage) -> None:
     def tell(clients: int) -> None:
-        with _count.get_lock():
-            _count.value += clients
+        with workers.shared.get_lock():
+            workers.shared.value += clients
 
     _write_one(folder, split, number, piece, storage, tell)
 
@@ -195,8 +157,3 @@ class Progress:
         """Remove the line."""
         if self.terminal and not self.silent:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

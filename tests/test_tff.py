@@ -376,7 +376,9 @@ def test_processes_that_count_end_with_the_counting(count, raises, problem):
             words.count_all([60, 60], count, jobs=2)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not multiprocessing.active_children() and time.monotonic() - began < 30
+    while multiprocessing.active_children():  # the pool's own thread may be the one that reaps it
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
 
 
 SHOW = """
