@@ -75,9 +75,6 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     module.add_arguments(parser)
     if name in CONVERTERS:
         _add_arguments(parser)
-    if {"-h", "--help"} & set(rest):  # before what is required is asked for
-        parser.print_help() if comm.rank == 0 else None
-        return
     options = parser.read(comm, rest)
     if options is None:
         return

@@ -52,12 +52,14 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, comm: World | Alone, arguments: Sequence[str]) -> argparse.Namespace | None:
         """Return parsed arguments, or None after help or version was printed."""
+        if {"-h", "--help"} & set(arguments):  # before what is required is asked for
+            return self._answer(comm, self.format_help())
         options = agree(comm, lambda: self.parse_intermixed_args(list(arguments)))
-        if options.help or options.version:
-            if comm.rank == 0:
-                print(f"mpifl {__version__}" if options.version else self.format_help(), end="\n", flush=True)
-            return None
-        return options
+        return self._answer(comm, f"mpifl {__version__}") if options.version else options
+
+    def _answer(self, comm: World | Alone, text: str) -> None:
+        if comm.rank == 0:
+            print(text, flush=True)
 
 
 def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
