@@ -51,11 +51,13 @@ class Clock:
 
     def attach(self, path: Path) -> None:
         """Mirror every change into the file at `path` from now on."""
-        path.write_bytes(bytes(_RECORD.size))
-        with path.open("r+b") as file:
+        unfinished = path.with_name(f".{path.name}")  # a file that is there can be read
+        unfinished.write_bytes(bytes(_RECORD.size))
+        with unfinished.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _RECORD.size)
         self._host = socket.gethostname().encode()[:64]
         self._mirror()
+        unfinished.rename(path)
 
     def enter(self, phase: str) -> str:
         """Leave the current phase for `phase`; returns the one left."""
