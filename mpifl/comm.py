@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Alone:
     def reduce(self, buffer: np.ndarray) -> None:
         """Rank 0's buffer becomes the sum over ranks."""
 
-    def arrive(self) -> None:
+    def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Wait until every rank is here."""
 
     def gather(self, mine: np.ndarray) -> np.ndarray | None:
@@ -130,9 +131,12 @@ class World:
                 self._world.Reduce(piece, None, op=MPI.SUM, root=0)
         self.bytes_up += buffer.nbytes
 
-    def arrive(self) -> None:
-        """Wait until every rank is here, without costing the others a core."""
-        self._wait(self._world.Ibarrier())
+    def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
+        """Wait until every rank is here, without costing the others a core.
+
+        meanwhile: called between polls; does a piece of other work, or returns False when there is none.
+        """
+        self._wait(self._world.Ibarrier(), meanwhile)
 
     def gather(self, mine: np.ndarray) -> np.ndarray | None:
         """Rank 0 gets the uint8 arrays of all ranks, concatenated in rank order; the others None."""
@@ -167,11 +171,11 @@ class World:
         sys.stderr.flush()
         self._world.Abort(status)
 
-    def _wait(self, request: Any) -> None:
+    def _wait(self, request: Any, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Poll in Python, not in MPI: signals are handled while waiting, and a sleep gives the core away."""
         pause = 20e-6
         while not request.Test():
-            if self.patient:
+            if not meanwhile() and self.patient:
                 time.sleep(pause)
                 pause = min(1.5 * pause, 1e-3)
 
