@@ -34,6 +34,7 @@ class Optimizer(NamedTuple):
     init: theta -> state, whose lr is lr(0), in theta's dtype and on its device. step: theta, grad, state ->
     theta. observe: grad, state -> state. apply: theta, grad, state -> theta, state. `observe` clips, but adds
     no weight decay because it does not know theta: its caller adds weight_decay * theta if it is to be seen.
+    plain: whether `apply` is theta - lr grad and nothing else.
     """
 
     init: Callable[[Tensor], Tree]
@@ -41,6 +42,7 @@ class Optimizer(NamedTuple):
     observe: Callable[[Tensor, Tree], Tree]
     apply: Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tree]]
     lr: Schedule
+    plain: bool = False
 
 
 class _Rule(NamedTuple):
@@ -95,7 +97,8 @@ def _optimizer(
         state = see(grad, state)
         return move(theta, grad, state), state
 
-    return Optimizer(init, step, lambda grad, state: see(clipped(grad), state), apply, schedule)
+    plain = rule == _Rule() and not weight_decay and clip_norm is None
+    return Optimizer(init, step, lambda grad, state: see(clipped(grad), state), apply, schedule, plain)
 
 
 def _as_schedule(lr: Schedule | float) -> Schedule:

@@ -12,7 +12,7 @@ import mpifl
 
 PACKAGE = Path(mpifl.__file__).parent
 FLOORS = {
-    "ground": ["config", "tree", "rand", "optim", "schedule"],
+    "ground": ["config", "tree", "rand", "optim", "perceptron", "schedule"],
     "contracts": ["work", "model"],
     "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement"],
     "one rank": ["data.*", "engine.*"],

@@ -60,6 +60,7 @@ def local_training(
     weighting: Literal["examples", "uniform"],
 ) -> ClientWork:
     """Train from shared["theta"] with lr shared["lr"]; uploads pseudo_grad, and loss and steps as statistics."""
+    descends = client_opt.plain and not mu
 
     def start(shared: Tree, client: Client) -> Tree:
         theta = shared["theta"].clone()
@@ -67,10 +68,14 @@ def local_training(
         return {"theta": theta, "opt": opt, "loss": torch.zeros(()), "steps": torch.zeros(())}
 
     def step(shared: Tree, client: Client, carry: Tree, batch: Tree) -> Tree:
-        grad, loss = model.grad_and_loss(carry["theta"], batch)
-        if mu:
-            grad.add_(carry["theta"] - shared["theta"], alpha=mu)
-        theta, opt = client_opt.apply(carry["theta"], grad, carry["opt"])
+        theta, opt = carry["theta"], carry["opt"]
+        if descends:
+            theta, loss = model.descend(theta, batch, opt["lr"])
+        else:
+            grad, loss = model.grad_and_loss(theta, batch)
+            if mu:
+                grad.add_(theta - shared["theta"], alpha=mu)
+            theta, opt = client_opt.apply(theta, grad, opt)
         return {"theta": theta, "opt": opt, "loss": carry["loss"] + loss, "steps": carry["steps"] + 1}
 
     def finish(shared: Tree, client: Client, carry: Tree) -> Upload:
