@@ -240,7 +240,7 @@ class ModuleModel(Model):
 
     def descend(self, theta: Tensor, batch: Tree, lr: Tensor) -> tuple[Tensor, Tensor]:
         """As Model's; the gradient is subtracted from the bound parameters, and a perceptron never makes one."""
-        if traced() or theta.requires_grad:
+        if traced() or theta.requires_grad or theta.is_cuda:  # to read lr off a GPU would wait for it
             return super().descend(theta, batch, lr)
         self._bind(theta)
         if self._linear_maps is not None:
