@@ -7,7 +7,7 @@ up, [update | weight | stats | count | one row per rank], in uplink/exact.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -48,7 +48,8 @@ class Fleet:
 
     nonfinite: "stop" raises UserError naming client and round when an update is NaN or infinite; "exclude"
     leaves that client out, counted in `traffic.excluded`. say: called with one line for people. of_a_round: the
-    algorithm's works, whose steps together are what a client costs.
+    algorithm's works, whose steps together are what a client costs. meanwhile: called while hosts are waited for; does
+    a piece of other work, or returns False.
     """
 
     def __init__(
@@ -60,14 +61,21 @@ class Fleet:
         of_a_round: tuple[ClientWork, ...] = (),
     ) -> None:
         self.comm, self.host, self.nonfinite, self.say = comm, host, nonfinite, say
+        self._first = min(1, comm.size - 1)
         self.works, self.of_a_round = host.works, of_a_round
         self.round, self.accepted = 0, -1
         self.limits: dict[str, list[float]] = {}
         self.traffic = Traffic(busy=np.zeros(comm.size))
         self.resident_bytes: list[int] = []
+        self.meanwhile: Callable[[], bool] = lambda: False
         self._read = (comm.bytes_down, comm.bytes_up)
         self._homes, self._next_homes = (NOBODY, NOBODY), (NOBODY, NOBODY)
         self._sender = Sender(comm)
+
+    @property
+    def hosts(self) -> int:
+        """Ranks that host clients: all but the server, or the only one."""
+        return max(1, self.comm.size - 1)
 
     def begin(self, round: int, upcoming: np.ndarray = NOBODY) -> None:
         """Start a round: clients are placed anew. upcoming: (m,) clients of the next one, which hosts may prefetch."""
@@ -85,12 +93,7 @@ class Fleet:
 
     def ask(self, work: ClientWork, ids: np.ndarray, given: Tree | None, shared: Tree) -> Sums:
         """Have every client in `ids`, (n,) int64, do `work`; returns the exact sums over those that counted."""
-        given, shared = tree_map(torch.as_tensor, given or {}), tree_map(torch.as_tensor, shared)
-        index = self._index(work)
-        wire = self.host.wire(index, shared, one_row(given))
-        name = f"{index}:{'|'.join(wire.names)}"
-        limits = np.asarray(self.limits.get(name) or wire.first_limits())
-        question = Ask(index, self.round, ids, shared, limits, len(ids), given)
+        question, wire, name = self._question(work, ids, given or {}, shared)
         if any(work is one for one in self.of_a_round) and work.batches.of == "client":
             question.ahead = self._next_homes[0]
         home = self._place(work, ids)
@@ -101,9 +104,37 @@ class Fleet:
             question = replace(question, limits=limits, attempt=question.attempt + 1)
             answer = self._once(question, home, wire)
         self._count(answer)
-        self._refuse_bad(work, wire, answer)
+        self._refuse_bad(work, wire, answer, question.round)
         self.limits[name] = next_limits(wire, question.limits, answer.peaks, len(ids)).tolist()
         return answer.sums
+
+    def ask_here(self, work: ClientWork, ids: np.ndarray, shared: Tree) -> Generator[None, None, Sums]:
+        """As `ask`, and the same bits, but answered by this rank alone, one id at each `next`; counts no traffic."""
+        question, wire, name = self._question(work, ids, {}, shared)
+        while True:
+            total, peaks = wire.buffers(), np.zeros(len(wire.names))
+            for id in ids:
+                part = self.host.answer(replace(question, ids=np.asarray([id])))
+                for whole, buffer in zip(total, part):
+                    whole += buffer  # grid values add exactly, whoever adds them in whatever order
+                answer = decode(wire, part)
+                self._refuse_bad(work, wire, answer, question.round)
+                peaks = np.maximum(peaks, answer.peaks)
+                yield
+            fit = not wire.exact or fits(question.limits, peaks, len(ids))
+            question.limits = next_limits(wire, question.limits, peaks, len(ids))
+            if fit:
+                self.limits[name] = question.limits.tolist()
+                return decode(wire, total).sums
+
+    def _question(self, work: ClientWork, ids: np.ndarray, given: Tree, shared: Tree) -> tuple[Ask, Wire, str]:
+        """What is asked, what answers look like, and the name under which the sum's limits are kept."""
+        given, shared = tree_map(torch.as_tensor, given), tree_map(torch.as_tensor, shared)
+        index = self._index(work)
+        wire = self.host.wire(index, shared, one_row(given))
+        name = f"{index}:{'|'.join(wire.names)}"
+        limits = np.asarray(self.limits.get(name) or wire.first_limits())
+        return Ask(index, self.round, ids, shared, limits, len(ids), given), wire, name
 
     def rows(self, work: ClientWork, ids: np.ndarray, shared: Tree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return (ids (n,), {"weight": (n,), stat: (n, ...)}) per client that ran `work`, in order of id, unsummed."""
@@ -140,9 +171,8 @@ class Fleet:
 
     def _place(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
         """Rank of each id: with its memory, else longest first; one home per client for all asks of a round."""
-        first, hosts = (0, 1) if self.comm.size == 1 else (1, self.comm.size - 1)
         if work.batches.of == "block":
-            return first + longest_first(self.host.source.examples(work.batches)[ids], hosts)
+            return self._first + longest_first(self.host.source.examples(work.batches)[ids], self.hosts)
         known, homes = self._homes
         where = np.searchsorted(known, ids).clip(max=max(0, len(known) - 1))
         new = ids[known[where] != ids] if len(known) else ids
@@ -156,11 +186,10 @@ class Fleet:
 
     def _home(self, works: tuple[ClientWork, ...], ids: np.ndarray) -> np.ndarray:
         """Rank of each id, (n,) int64, by the steps that these works take."""
-        first, hosts = (0, 1) if self.comm.size == 1 else (1, self.comm.size - 1)
         if self.host.memory.kept:
-            return first + by_owner(ids, hosts)
+            return self._first + by_owner(ids, self.hosts)
         steps = sum(self._steps(work, ids) for work in works if work.batches.of != "block")
-        return first + longest_first(np.broadcast_to(steps, len(ids)), hosts)
+        return self._first + longest_first(np.broadcast_to(steps, len(ids)), self.hosts)
 
     def _steps(self, work: ClientWork, ids: np.ndarray) -> np.ndarray:
         examples = self.host.source.examples(work.batches)
@@ -168,7 +197,7 @@ class Fleet:
 
     def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
         buffers = self.host.answer(self._send(ASK, question, home))
-        _reduce(self.comm, self.host, buffers)
+        _reduce(self.comm, self.host, buffers, self.meanwhile)
         with self.host.clock.during("server"):
             answer = decode(wire, buffers)
         self._time(answer)
@@ -203,18 +232,18 @@ class Fleet:
                 f"asking again with a coarser one"
             )
 
-    def _refuse_bad(self, work: ClientWork, wire: Wire, answer: Answer) -> None:
+    def _refuse_bad(self, work: ClientWork, wire: Wire, answer: Answer, round: int) -> None:
         """Stop at, or tell of, the first client whose numbers were not finite."""
         bad = answer.first("bad")
         if bad is None:
             return
         if work.batches.of != "client":  # no client is to blame: the model itself is beyond numbers
             raise UserError(
-                f"round {self.round + 1}: {wire.names[bad[1]]} on split '{work.batches.split}' is NaN or infinite: "
+                f"round {round + 1}: {wire.names[bad[1]]} on split '{work.batches.split}' is NaN or infinite: "
                 f"training has diverged; lower the learning rates or clip gradients (clip_norm)"
             )
         client = self.host.dataset.client_id("train", bad[0])
-        what = f"round {self.round + 1}: {wire.names[bad[1]]} of client {client} is NaN or infinite"
+        what = f"round {round + 1}: {wire.names[bad[1]]} of client {client} is NaN or infinite"
         if self.nonfinite == "stop":
             raise UserError(
                 f"{what}; lower the client learning rate or clip its gradients (clip_norm), or leave such clients "
@@ -242,9 +271,9 @@ def serve(comm: Any, host: Host) -> None:
             _reduce(comm, host, host.answer(receiver.receive(header)))
 
 
-def _reduce(comm: Any, host: Host, buffers: list[torch.Tensor]) -> None:
+def _reduce(comm: Any, host: Host, buffers: list[torch.Tensor], meanwhile: Callable[[], bool] = lambda: False) -> None:
     with host.clock.during("wait"):
-        comm.arrive()  # here ranks wait patiently for the last one to finish training; Reduce itself is busy
+        comm.arrive(meanwhile)  # here ranks wait patiently for the last one to finish training; Reduce itself is busy
     with host.clock.during("reduce"):
         for buffer in buffers:
             comm.reduce(buffer.numpy())

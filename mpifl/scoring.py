@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,13 @@ def score_state(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree)
         return next(iter(scored.values()))
     each = {f"{metric}/{name}": value for name, of in scored.items() for metric, value in of.items()}
     return means(_personal(fleet, scorer, algorithm, state).stats) | each
+
+
+def score_here(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> Iterator[dict[str, Any] | None]:
+    """As `score_state` where no client has a vector of its own, by this rank alone: None at each block, then scores."""
+    theta = next(iter(algorithm.models(state).values()))
+    sums = yield from fleet.ask_here(scorer.central, scorer.blocks, {"theta": theta})
+    yield means(sums.stats)
 
 
 def _personal(fleet: Fleet, scorer: Scorer, algorithm: Algorithm, state: Tree) -> Any:

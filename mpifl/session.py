@@ -104,6 +104,13 @@ class Session:
         """This round's clients, who can be asked."""
         return Cohort(round, self.sampled(round), *self.population, fleet.ask)
 
+    @property
+    def server_scores(self) -> bool:
+        """Whether rank 0 scores a round while hosts train the next: with a core of its own, unless the job decides."""
+        if self.comm.size == 1 or self.scorer.personal:
+            return False
+        return self.job.run.scored_by == "server" or (self.job.run.scored_by == "auto" and not self.comm.patient)
+
     def close(self) -> None:
         """Stop reading, and close the dataset."""
         self.host.source.close()

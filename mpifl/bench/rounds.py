@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from mpifl.bench import datasets
@@ -67,10 +66,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def _speed(run: Trained) -> Case:
-    seconds = median(record["seconds"]["total"] - record["seconds"].get("evaluate", 0.0) for record in run.rounds[1:])
     hosts = max(1, len(run.summary["resident_bytes"]) - 1)
     return {
-        "s_round": seconds,
+        "s_round": run.median_seconds,
         "examples_per_s": run.mean("examples") / run.round_seconds,
         **{f"percent_{phase}": 100 * run.host_seconds(phase) / hosts / run.round_seconds for phase in PHASES},
         "imbalance": run.mean("imbalance"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -41,6 +42,11 @@ class Trained:
         return sum(record[figure] for record in self.rounds[1:]) / len(self.rounds[1:])
 
     @property
+    def median_seconds(self) -> float:
+        """Seconds of a round, without evaluation: the median; the first round is left out."""
+        return median(r["seconds"]["total"] - r["seconds"].get("evaluate", 0.0) for r in self.rounds[1:])
+
+    @property
     def round_seconds(self) -> float:
         """Seconds of a round, without evaluation; the first round is left out."""
         later = self.rounds[1:]
@@ -59,15 +65,15 @@ def job(path: Path, model: Table, cohort: int, rounds: int, batch: int, cache_mb
     }
 
 
-def trained(job: Table) -> Trained:
-    """Train a job, as a server and two hosts if there is an mpirun, else in one process.
+def trained(job: Table, ranks: int = 1 + HOSTS) -> Trained:
+    """Train a job on so many ranks if there is an mpirun, else in one process.
 
     Raises UserError with what it said when it fails.
     """
     with TemporaryDirectory() as folder:
         file, out = Path(folder, "job.toml"), Path(folder, "out")
         file.write_text(to_toml(job | {"run": job.get("run", {}) | {"out": str(out)}}))
-        on_ranks(1 + HOSTS, "mpifl.train", str(file), "--quiet")
+        on_ranks(ranks, "mpifl.train", str(file), "--quiet")
         lines = (out / "metrics.jsonl").read_text().splitlines()
         return Trained(json.loads((out / "summary.json").read_text()), [json.loads(line) for line in lines])
 
@@ -77,7 +83,7 @@ def on_ranks(ranks: int, module: str, *words: str) -> str:
 
     Raises UserError with what it said when it fails.
     """
-    launcher = [mpirun(), "-n", str(ranks)] if mpirun() else []
+    launcher = [mpirun(), "-n", str(ranks)] if mpirun() and ranks > 1 else []
     command = [*launcher, sys.executable, "-m", module, *words]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     if done.returncode:
