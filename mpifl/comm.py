@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mpifl.config import UserError
+from mpifl.flat import PIECE, Flat, zeroed
+from mpifl.node import Node, NoSpace
 
-_PIECE = 1 << 30
-"""Bytes per call: every MPI counts below 2^31, also those without large-count calls."""
+T = TypeVar("T")
+
 _OPEN_MPI_PIECE = 1 << 20
 """Open MPI's Reduce is four times faster in pieces of a megabyte; MPICH's in one call."""
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -38,10 +41,21 @@ class Alone:
     def bcast(self, buffer: np.ndarray) -> None:
         """Rank 0's bytes reach every rank."""
 
+    def publish(self, nbytes: int, fill: Callable[[np.ndarray], object] | None = None) -> np.ndarray:
+        """Return memory, (nbytes,) uint8, after `fill` has filled it."""
+        buffer = zeroed(nbytes)
+        if fill:
+            fill(buffer)
+        return buffer
+
     def scatter(self, table: np.ndarray | None, row: np.ndarray) -> None:
         """Row r of rank 0's table reaches rank r."""
         if table is not None:
             row[:] = table[0]
+
+    def room(self, nbytes: int) -> np.ndarray:
+        """Return zeroed memory, (nbytes,) uint8, for what is going to be reduced."""
+        return zeroed(nbytes)
 
     def reduce(self, buffer: np.ndarray) -> None:
         """Rank 0's buffer becomes the sum over ranks."""
@@ -61,6 +75,11 @@ class Alone:
         """Rank 0's text (at most 4 KiB) reaches every rank."""
         return text
 
+    @contextmanager
+    def using(self, reduce: str, say: Callable[[str], None] = print) -> Iterator[None]:
+        """One process exchanges nothing."""
+        yield
+
     def abort(self, status: int) -> None:
         """End the process."""
         sys.stdout.flush()
@@ -69,7 +88,10 @@ class Alone:
 
 
 class World:
-    """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once."""
+    """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once.
+
+    `publish`, `scatter`, `arrive`, `room` and `reduce` go as `using` says: by Flat or Node.
+    """
 
     def __init__(self) -> None:
         _settings()
@@ -88,47 +110,73 @@ class World:
             )
         self.rank, self.size = self._world.rank, self._world.size
         self.library = _library_name(MPI.Get_library_version())
-        self._reduce_piece = _OPEN_MPI_PIECE if "Open MPI" in self.library else _PIECE
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank = node.rank
+        self.local_rank, self._local_size = node.rank, node.size
         self.patient = node.size > self._cores(node)
         node.Free()
+        self._flat = Flat(MPI, self._world, self._wait, _OPEN_MPI_PIECE if "Open MPI" in self.library else PIECE)
+        self._way: Flat = self._flat
+        self._say: Callable[[str], None] = print
         self.bytes_down = self.bytes_up = 0
+
+    @contextmanager
+    def using(self, reduce: str, say: Callable[[str], None] = print) -> Iterator[None]:
+        """Within the block exchange as a job's comm.reduce says; all ranks at once, none of which may have failed.
+
+        say: told in one line, on every rank, when a node has too little shared memory.
+        """
+        self._say = say
+        several = self.lowest(-self._local_size) < -1  # ranks on some node
+        node = None
+        if reduce == "node" or (reduce == "auto" and several):
+            try:
+                node = self._way = Node(self._MPI, self._world, self._wait)
+            except NoSpace as lack:
+                self._fall_back(lack)
+        yield
+        self._way = self._flat
+        if node:
+            node.close()
 
     def announce(self, header: np.ndarray) -> None:
         """Rank 0's small `header` reaches every rank, which may have waited long for it."""
-        self._wait(self._world.Ibcast(header, root=0))
+        self._carry(lambda way: way.announce(header))
         self.bytes_down += header.nbytes
 
     def bcast(self, buffer: np.ndarray) -> None:
         """Rank 0's `buffer` (contiguous) reaches every rank, which pass one of the same size."""
-        for piece in _pieces(buffer, _PIECE):
-            self._world.Bcast(piece, root=0)
+        self._flat.bcast(buffer)
         self.bytes_down += buffer.nbytes
+
+    def publish(self, nbytes: int, fill: Callable[[np.ndarray], object] | None = None) -> np.ndarray:
+        """Every rank gets memory, (nbytes,) uint8, aligned, as rank 0's `fill` filled it there.
+
+        Ranks may share it: it is for reading, and only until this rank arrives or gathers.
+        """
+        self.bytes_down += nbytes
+        return self._carry(lambda way: way.publish(nbytes, fill))
 
     def scatter(self, table: np.ndarray | None, row: np.ndarray) -> None:
         """Row r of rank 0's `table`, (size, width) uint8, reaches rank r's `row`, (width,) uint8."""
-        width = _PIECE // self.size
-        for start in range(0, len(row), width):
-            part = np.empty_like(row[start : start + width])
-            columns = None if table is None else np.ascontiguousarray(table[:, start : start + width])
-            self._world.Scatter(columns, part, root=0)
-            row[start : start + width] = part
+        self._carry(lambda way: way.scatter(table, row))
         self.bytes_down += row.nbytes * self.size
 
-    def reduce(self, buffer: np.ndarray) -> None:
-        """Rank 0's `buffer` (float64 or float32, contiguous) becomes the sum over ranks, in place; `arrive` first.
+    def room(self, nbytes: int) -> np.ndarray:
+        """Every rank gets zeroed memory, (nbytes,) uint8, aligned, for what it is going to reduce.
 
+        The same nbytes everywhere; it is good until rank 0's next message.
+        """
+        return self._carry(lambda way: way.room(nbytes))
+
+    def reduce(self, buffer: np.ndarray) -> None:
+        """Rank 0's `buffer` (float64 or float32) becomes the sum over ranks, in place; `arrive` first.
+
+        buffer: the memory that `room` gave, or a part of it, the same on every rank; all but rank 0's is spoilt.
         Raises TypeError for other dtypes: some MPIs sum 16-bit floats as integers without a word.
         """
         if buffer.dtype not in (np.float64, np.float32):
             raise TypeError(f"only float64 and float32 are summed over ranks, not {buffer.dtype}")
-        MPI = self._MPI
-        for piece in _pieces(buffer, self._reduce_piece):
-            if self.rank == 0:
-                self._world.Reduce(MPI.IN_PLACE, piece, op=MPI.SUM, root=0)
-            else:
-                self._world.Reduce(piece, None, op=MPI.SUM, root=0)
+        self._way.reduce(buffer)
         self.bytes_up += buffer.nbytes
 
     def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
@@ -136,7 +184,7 @@ class World:
 
         meanwhile: called between polls; does a piece of other work, or returns False when there is none.
         """
-        self._wait(self._world.Ibarrier(), meanwhile)
+        self._way.arrive(meanwhile)
 
     def gather(self, mine: np.ndarray) -> np.ndarray | None:
         """Rank 0 gets the uint8 arrays of all ranks, concatenated in rank order; the others None."""
@@ -171,10 +219,25 @@ class World:
         sys.stderr.flush()
         self._world.Abort(status)
 
-    def _wait(self, request: Any, meanwhile: Callable[[], bool] = lambda: False) -> None:
+    def _carry(self, exchange: Callable[[Flat], T]) -> T:
+        """Exchange in the way in use; when it lacks memory, which all ranks learn alike, by MPI alone from then on."""
+        try:
+            return exchange(self._way)
+        except NoSpace as lack:
+            self._fall_back(lack)
+            return exchange(self._way)
+
+    def _fall_back(self, lack: NoSpace) -> None:
+        self._say(
+            f'ranks exchange as with comm.reduce = "flat", which is slower: {lack}; enlarge it (docker run '
+            f"--shm-size=2g), or set comm.reduce=flat"
+        )
+        self._way = self._flat
+
+    def _wait(self, done: Callable[[], bool], meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Poll in Python, not in MPI: signals are handled while waiting, and a sleep gives the core away."""
         pause = 20e-6
-        while not request.Test():
+        while not done():
             if not meanwhile() and self.patient:
                 time.sleep(pause)
                 pause = min(1.5 * pause, 1e-3)
@@ -235,9 +298,3 @@ def _settings() -> None:
     if not (fabrics.is_dir() and any(fabrics.iterdir())):
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # its search for a fabric takes a second at every start
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-
-
-def _pieces(buffer: np.ndarray, size: int) -> list[np.ndarray]:
-    flat = buffer.reshape(-1)
-    count = max(1, size // flat.itemsize)
-    return [flat[start : start + count] for start in range(0, len(flat), count)]

@@ -52,17 +52,39 @@ class Data:
 
 @dataclass(frozen=True)
 class Engine:
-    """[engine] name: how clients are trained. check: verify that client works write only to what is theirs."""
+    """[engine] name: "serial" trains one client after the other; "batched" several in one launch, "graph" as CUDA
+    graphs; "auto" is serial on the CPU and on a GPU the last of them in which the work runs.
 
-    name: Literal["auto", "serial"] = "auto"
+    clients_at_once: in one launch (0: as memory allows). dtype: what multiplications in training are done in; theta
+    stays float32. compile: a batched step, by torch.compile. check: verify that client works write only to what is
+    theirs.
+    """
+
+    name: Literal["auto", "serial", "batched", "graph"] = "auto"
+    clients_at_once: int = 0
+    dtype: Literal["float32", "tf32", "bf16"] = "float32"
+    compile: bool = False
     check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clients_at_once < 0:
+            raise UserError(f"engine.clients_at_once is {self.clients_at_once}; it must be at least 0")
+        if self.check and self.name in ("batched", "graph"):
+            raise UserError(
+                f'engine.check watches clients one by one; with it engine.name is "serial", not "{self.name}"'
+            )
 
 
 @dataclass(frozen=True)
 class Comm:
-    """[comm] sum: "exact" gives the same bits on any number of ranks; "float32" halves the uplink of huge models."""
+    """[comm] sum: "exact" gives the same bits on any number of ranks; "float32" halves the uplink of huge models.
+
+    reduce: how ranks exchange: by MPI's collectives ("flat"), or through memory that a node's ranks share ("node");
+    "auto": the latter where a node has several ranks.
+    """
 
     sum: Literal["exact", "float32"] = "exact"
+    reduce: Literal["auto", "flat", "node"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -71,9 +93,11 @@ class Run:
 
     device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: about how many
     rows of the test split they score, the same ones each time (0: all). eval_batch: rows that are scored at once.
+    scored_by: the hosts together, or the server while hosts train on ("auto": where it has a core of its own).
     metrics: each "accuracy", "package.module:function" or a table of name, options and, where two have one name, `as`;
     None: accuracy, of tokens where targets are sequences. nonfinite: what a NaN or infinite update does. memory_mb:
-    MiB of client memory per rank before it spills to mapped files.
+    MiB of client memory per rank before it spills to mapped files. profile: trace every rank, and say at the end where
+    time went.
     """
 
     out: str = ""
@@ -82,9 +106,11 @@ class Run:
     eval_every: int = 1
     eval_rows: int = 0
     eval_batch: int = 512
+    scored_by: Literal["auto", "server", "hosts"] = "auto"
     metrics: tuple[str | Table, ...] | None = None
     nonfinite: Literal["stop", "exclude"] = "stop"
     memory_mb: int = 4096
+    profile: bool = False
 
 
 @dataclass(frozen=True)

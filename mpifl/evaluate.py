@@ -34,7 +34,7 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
     job = dataclasses.replace(job, baselines=False)
     session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
     vectors = agree(comm, lambda: _models(folder, session))
-    with all_or_none(comm, session.host.clock, folder), closing(session):
+    with all_or_none(comm, session.host.clock, folder), closing(session), comm.using(job.comm.reduce, console.say):
         if comm.rank > 0:
             serve(comm, session.host)
             return None

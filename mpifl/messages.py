@@ -72,7 +72,7 @@ class Sender:
         sizes = (len(ask.ids), width, ahead, layout, len(text) if new else 0)
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
         if new:
-            comm.bcast(np.frombuffer(text, dtype=np.uint8).copy())
+            comm.publish(len(text), lambda room: np.copyto(room, np.frombuffer(text, np.uint8)))
         row = _table_row(given, width, ahead)
         table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)
         for packed, rows, next_rows in zip(table, members, next_members):
@@ -80,9 +80,9 @@ class Sender:
             _fill(row.views(packed), ask.ids[rows], ask.ahead[next_rows], own_given)
         mine = row.empty()
         comm.scatter(table.numpy(), mine.numpy())
-        buffer = down.pack(tree, down.empty())
-        comm.bcast(buffer.numpy())
-        return _own_part(ask.work, ask.round, ask.attempt, len(ask.ids), row.views(mine), down.views(buffer))
+        buffer = comm.publish(down.bytes, lambda room: down.pack(tree, torch.from_numpy(room)))
+        sent = down.views(torch.from_numpy(buffer))
+        return _own_part(comm, ask.work, ask.round, ask.attempt, len(ask.ids), row.views(mine), sent)
 
 
 class Receiver:
@@ -95,17 +95,15 @@ class Receiver:
     def receive(self, header: Header) -> Ask:
         """Receive this rank's part of the ask that `header` announced."""
         if header.text_bytes:
-            text = np.empty(header.text_bytes, dtype=np.uint8)
-            self.comm.bcast(text)
-            down, given = text.tobytes().split(b"\n")
+            down, given = self.comm.publish(header.text_bytes).tobytes().split(b"\n")
             self._layouts.append((Layout.from_json(down), Layout.from_json(given)))
         down, given = self._layouts[header.layout]
         row = _table_row(given, header.width, header.ahead)
-        mine, buffer = row.empty(), down.empty()
+        mine = row.empty()
         self.comm.scatter(None, mine.numpy())
-        self.comm.bcast(buffer.numpy())
-        views = row.views(mine), down.views(buffer)
-        return _own_part(header.work, header.round, header.attempt, header.clients, *views)
+        buffer = self.comm.publish(down.bytes)
+        views = row.views(mine), down.views(torch.from_numpy(buffer))
+        return _own_part(self.comm, header.work, header.round, header.attempt, header.clients, *views)
 
 
 def _by_rank(home: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -127,11 +125,12 @@ def _fill(row: Tree, ids: np.ndarray, ahead: np.ndarray, given: Tree) -> None:
     tree_map(lambda slots, leaf: slots[: len(ids)].copy_(leaf), row.get("given", {}), given)
 
 
-def _own_part(work: int, round: int, attempt: int, clients: int, row: Tree, down: Tree) -> Ask:
+def _own_part(comm: Any, work: int, round: int, attempt: int, clients: int, row: Tree, down: Tree) -> Ask:
     ids, ahead = (row[name].numpy() for name in ("id", "ahead"))
     ids, ahead = ids[ids >= 0], ahead[ahead >= 0]
     given = tree_map(lambda slots: slots[: len(ids)], row.get("given", {}))
-    return Ask(work, round, ids, down.get("shared", {}), down["limits"].numpy(), clients, given, attempt, ahead)
+    shared, limits = down.get("shared", {}), down["limits"].numpy()
+    return Ask(work, round, ids, shared, limits, clients, given, attempt, ahead, comm.room)
 
 
 def pack_rows(ids: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -340,3 +341,18 @@ def refuse_changing_buffers(factory: Callable[[], nn.Module], batch: Tree, input
             path = name.rpartition(".")[0]
             kind = type(module.get_submodule(path)).__name__
             raise UserError(_buffer_refusal(type(module).__name__, path or name, kind))
+
+
+def train_in(model: Model, dtype: torch.dtype) -> None:
+    """Have gradients computed in `dtype` where torch.autocast holds that to be safe.
+
+    theta, its gradient, and scores in evaluation stay float32.
+    """
+    plain = model.grad_and_loss
+
+    def grad_and_loss(theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
+        with torch.autocast(theta.device.type, dtype, cache_enabled=False):  # theta moves under a cache
+            return plain(theta, batch)
+
+    model.grad_and_loss = grad_and_loss
+    model.descend = partial(Model.descend, model)

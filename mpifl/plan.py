@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from mpifl.comm import Alone
 from mpifl.console import Console, readable_bytes
 from mpifl.data.batches import batches, blank_columns
 from mpifl.engine.host import Ask, Host, resident_bytes
@@ -31,7 +32,14 @@ class CountingComm:
         """Count what every rank would receive."""
         self.bytes_down += header.nbytes if self.size > 1 else 0
 
-    bcast = announce
+    def publish(self, nbytes: int, fill: Callable[[np.ndarray], object]) -> np.ndarray:
+        """Count a buffer."""
+        self.bytes_down += nbytes if self.size > 1 else 0
+        return Alone().publish(nbytes, fill)
+
+    def room(self, nbytes: int) -> np.ndarray:
+        """Nobody needs any."""
+        raise NotImplementedError
 
     def scatter(self, table: np.ndarray, row: np.ndarray) -> None:
         """Count a table."""
@@ -42,7 +50,7 @@ class CountingComm:
         """Count what would be summed."""
         self.bytes_up += buffer.nbytes if self.size > 1 else 0
 
-    def arrive(self) -> None:
+    def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Nobody to wait for."""
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mpifl.engine.clock import Clock
 from mpifl.engine.host import Host
 from mpifl.engine.store import ClientMemory
 from mpifl.fleet import Fleet
+from mpifl.model import Model, train_in
 from mpifl.rand import fold, sample
 from mpifl.scoring import Scorer
 from mpifl.tree import digest
@@ -44,7 +46,8 @@ class Session:
     def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
         """Build the job's parts and this rank's host."""
         torch.set_num_threads(job.run.threads)
-        parts = build(job)
+        device, parts = _device(job, comm), build(job)
+        _compute_in(job.engine.dtype, parts.model)
         what = (parts.algorithm, parts.model, parts.metrics, parts.dataset)
         scorer = Scorer.of(*what, job.run.eval_rows, job.seed, job.run.eval_batch)
         baselines = None
@@ -61,10 +64,10 @@ class Session:
             clock,
             comm.rank,
             comm.size,
-            _device(job, comm),
+            device,
             job.data.cache_mb << 20,
             exact=job.comm.sum == "exact",
-            check=job.engine.check,
+            engine=job.engine,
         )
         session = Session(job, comm, parts, scorer, baselines, host, theta)
         if not session.population[0]:
@@ -120,8 +123,20 @@ class Session:
 def _device(job: Job, comm: World | Alone) -> torch.device:
     """This rank's device: a GPU by its number on the node."""
     if job.run.device == "cpu":
+        if job.engine.name == "graph":
+            raise UserError(
+                'engine.name is "graph", which needs run.device = "cuda"; use "auto", "serial" or "batched"'
+            )
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if not gpus:
         raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu')
     return torch.device("cuda", comm.local_rank % gpus)
+
+
+def _compute_in(dtype: Literal["float32", "tf32", "bf16"], model: Model) -> None:
+    """Set what matrix products are computed in: on a GPU torch would take TF32 for convolutions unasked."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    if dtype == "bf16":
+        train_in(model, torch.bfloat16)

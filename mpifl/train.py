@@ -5,13 +5,14 @@ Rank 0 is the server, the others host clients; a single process does both.
 
 from __future__ import annotations
 
-import gc
+import sys
 
-if __name__ == "__main__":
-    gc.disable()  # torch makes a million objects that stay: not visiting them halves the start of nine ranks
+from mpifl.command_line import DEFAULT_JOB, main
+
+if __name__ == "__main__":  # this module is imported from there once its torch is needed
+    sys.exit(main())
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -24,23 +25,21 @@ from mpifl.build import find_job
 from mpifl.comm import Alone, World, connect
 from mpifl.config import Job, load
 from mpifl.console import Console, readable_bytes, score_rows
+from mpifl.dry_run import introduce
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
-from mpifl.launch import Parser, agree, all_or_none, command, require_same
+from mpifl.journal import Journal, put_scores
+from mpifl.launch import agree, all_or_none, require_same
 from mpifl.measure import headline
 from mpifl.messages import NOBODY
-from mpifl.plan import PlanFleet, show_plan
+from mpifl.profiling import ProfiledFleet, profiled, report
 from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
-from mpifl.scoring import score_state
+from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
 from mpifl.tree import Tree, digest
 from mpifl.work import Cohort
 
-if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
-
-DEFAULT_JOB = Path(__file__).parent / "digits.toml"
+__all__ = ["DEFAULT_JOB", "main", "run", "train"]
 
 
 def run(
@@ -74,21 +73,32 @@ def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
 
 def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> dict[str, Any] | None:
     began = time.perf_counter()
+    clock.enter("start")
     session = agree(comm, lambda: Session.open(job, comm, clock))
     require_same(comm, session.digests())
     folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
     path = Path(comm.share(str(folder.path) if folder else ""))
-    with all_or_none(comm, clock, path), closing(session):
+    with (
+        all_or_none(comm, clock, path),
+        closing(session),
+        comm.using(job.comm.reduce, console.say),
+        profiled(path / "profile", comm, session) as profile,
+    ):
         clock.attach(path / "status" / f"rank-{comm.rank:05d}")
         if folder is None:
             serve(comm, session.host)
+            if profile:
+                profile.gather()
             return None
         console.log_to(path / "log.txt")
-        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say, session.parts.algorithm.works)
-        _introduce(session, console)
+        kind = ProfiledFleet if profile else Fleet
+        fleet = kind(comm, session.host, job.run.nonfinite, console.say, session.parts.algorithm.works)
+        introduce(session, console)
         totals = Totals()
         state = train(session, fleet, folder, totals, console)
         summary = _finish(session, fleet, folder, totals, state, began)
+        if profile:
+            report(profile.gather(), fleet.balance, profile.folder, console)
         _conclude(summary, console)
         return summary
 
@@ -97,9 +107,11 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
     """Run the rounds; returns the final server state."""
     job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
     state = algorithm.init(session.theta.clone())
+    journal = Journal(folder, totals, console, job.rounds, clock)
+    fleet.meanwhile, by_server = journal.work, session.server_scores
     clock.lap()
     lap = time.perf_counter()
-    with console.live(job.rounds):
+    with console.live(job.rounds), closing(journal):
         for round in range(job.rounds):
             clock.round = round
             clock.enter("sample")
@@ -114,16 +126,19 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
                 console.say(f"round {round + 1}: no client counted (no batches, or left out); nothing changes")
             record = _record(round, cohort, fleet)
             if (round + 1) % job.run.eval_every == 0 or last:
-                with clock.booked("evaluate"):
-                    scores = score_state(fleet, session.scorer, algorithm, state)
-                record["scores"] = {"test_loss": scores.pop("loss"), **scores}
-                fleet.read_traffic()
+                left = journal.finish()
+                # Hosts together would have been faster than rank 0 alone.
+                by_server &= job.run.scored_by == "server" or left * fleet.hosts <= len(session.scorer.blocks)
+                if by_server and not last:
+                    journal.score(record, score_here(fleet, session.scorer, algorithm, state))
+                else:
+                    with clock.booked("evaluate"):
+                        put_scores(record, score_state(fleet, session.scorer, algorithm, state))
+                    fleet.read_traffic()
             clock.enter("write")
             lap, before = time.perf_counter(), lap
             record["seconds"] = clock.lap() | {"total": lap - before}
-            totals.add(record)
-            folder.round(record)
-            console.round(record, job.rounds)
+            journal.add(record)
     return state
 
 
@@ -159,7 +174,8 @@ def _finish(
     memory, resident = fleet.memory_digest(), fleet.resident_bytes
     baselines = {}
     if session.baselines:
-        baselines = session.baselines.run(fleet, session.scorer, session.theta, job.seed)
+        with session.host.clock.booked("baselines"):
+            baselines = session.baselines.run(fleet, session.scorer, session.theta, job.seed)
     fleet.stop()
     for name, theta in parts.algorithm.models(state).items():
         folder.model(name, parts.model.state_dict(theta))
@@ -183,28 +199,6 @@ def _finish(
     }
     folder.summary(summary)
     return summary
-
-
-def _introduce(session: Session, console: Console) -> None:
-    """Say in a few lines what is about to run."""
-    job, dataset, model = session.job, session.parts.dataset, session.parts.model
-    hosts = max(1, session.comm.size - 1)
-    where = "this process" if session.comm.size == 1 else f"1 server + {hosts} hosts ({session.comm.library})"
-    sizes = dataset.sizes("train")
-    console.say(
-        f"{job.name}: {job.algorithm['name']} on {dataset.clients} clients, {int(sizes.sum())} examples; "
-        f"{job.model['name']} with {model.size} parameters; {where}"
-    )
-    console.say(
-        f"cohort {min(job.cohort or dataset.clients, dataset.clients)} for {job.rounds} rounds; clients are weighted "
-        f"{'by their examples' if session.parts.algorithm.weighting == 'examples' else 'uniformly'}; seed {job.seed}"
-    )
-    if session.scorer.split == "train":
-        console.say("there is no test split: test_loss and scores are of the training examples")
-    if job.comm.sum != "exact":
-        console.say('comm.sum = "float32": results depend on the number of ranks in their last bits')
-    if session.host.device.type != "cpu":
-        console.say(f"on {session.host.device.type}, results may differ in their last bits from run to run")
 
 
 def _conclude(summary: dict[str, Any], console: Console) -> None:
@@ -247,50 +241,3 @@ def _over_seeds(summaries: list[dict[str, Any]], folder: Path, console: Console)
     summary = {"scores": spread, "seeds": summaries}
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def dry_run(path: str | Path, overrides: Sequence[str], comm: World | Alone) -> None:
-    """Print the plan of a job on this many ranks."""
-    job = agree(comm, lambda: _load(path, overrides))
-    session = agree(comm, lambda: Session.open(job, comm, Clock(comm.rank)))
-    if comm.rank > 0:
-        return
-    console = Console()
-    _introduce(session, console)
-    fleet = PlanFleet(session.host, comm.size, session.parts.algorithm.works)
-    state = session.parts.algorithm.init(session.theta.clone())
-    cohort_of = lambda round: session.cohort(round, fleet)  # noqa: E731
-    show_plan(fleet, session.parts.algorithm, state, cohort_of, job.rounds, session.scorer.central, console)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 refused, 1 failed, 130 interrupted."""
-    return command(_command, arguments)
-
-
-def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
-    parser = Parser(
-        prog="python -m mpifl.train",
-        description="Train a federated job, alone or on all ranks of `mpirun -n 9 python -m mpifl.train`.",
-        epilog="With no job, handwritten digits (embedded) are trained by FedAvg. Any key of a job file can be "
-        "given as key.path=value, e.g. rounds=5 run.out=results algorithm.client_opt.lr=0.05.",
-    )
-    parser.add_argument("job", nargs="?", help="a job file, e.g. jobs/mnist_iid.toml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the job")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    options = parser.read(comm, arguments)
-    if options is None:
-        return
-    words = [word for word in (options.job, *options.overrides) if word]
-    path = DEFAULT_JOB if not words or "=" in words[0] else words.pop(0)
-    if path is DEFAULT_JOB:
-        words = [f"name={Path(word[10:]).name}" for word in words if word.startswith("data.path=")] + words
-    if options.dry_run:
-        dry_run(path, words, comm)
-    else:
-        run(path, words, comm, options.quiet)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

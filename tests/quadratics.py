@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mpifl.comm import Alone
+from mpifl.config import Engine
 from mpifl.data.memory import MemoryDataset
 from mpifl.engine.clock import Clock
 from mpifl.engine.host import Host
@@ -108,7 +109,7 @@ class Simulation:
         self.algorithm, self.dataset, self.seed, self.size = algorithm, dataset, seed, cohort
         theta = model.init(fold(seed, "init"))
         memory = ClientMemory(algorithm.memory(theta))
-        self.host = Host(algorithm.works, dataset, memory, seed, Clock(), exact=exact, check=check)
+        self.host = Host(algorithm.works, dataset, memory, seed, Clock(), exact=exact, engine=Engine(check=check))
         self.fleet = Fleet(Alone(), self.host, nonfinite, say=lambda line: None)
         self.state = algorithm.init(theta)
         self.round = 0

@@ -201,10 +201,12 @@ def test_clients_of_the_rounds_are_of_the_sizes_that_are_said(tmp_path):
 def test_what_is_exchanged_is_the_payload_of_a_round():
     comm = connect()
     before = comm.bytes_down, comm.bytes_up
-    figures = exchange.exchanged(comm, 1000, 2)
-    assert (comm.bytes_down - before[0], comm.bytes_up - before[1]) == (3 * 4000, 3 * 8000)
-    assert figures.keys() == ({"down", "up", "copy"} if comm.rank == 0 else {"down", "up"})
-    assert all(0 < ms < 10_000 for ms in figures.values())
+    figures = exchange.exchanged(comm, 1000, 2, ["flat", "node"])
+    trips = 2 * exchange.TURNS * 2  # ways, turns, and trips of a turn, the first of which does not count
+    assert (comm.bytes_down - before[0], comm.bytes_up - before[1]) == (trips * 4000, trips * 8000)
+    assert figures.keys() == {"flat", "node"}
+    for ms in figures.values():
+        assert 0 < ms["down"] < 10_000 and 0 < ms["up"] < 10_000 and (ms["copy"] > 0) == (comm.rank == 0)
 
 
 def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch, tmp_path, capsys):
@@ -212,7 +214,7 @@ def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch,
 
     def noted(ranks, module, *words):
         asked.append((ranks, module, *words))
-        return json.dumps({"down": 2.0, "up": 4.0, "copy": 3.0})
+        return json.dumps({way: {"down": 2.0 * i, "up": 4.0 * i, "copy": 3.0} for i, way in enumerate(words[2:], 1)})
 
     monkeypatch.setattr(messages, "on_ranks", noted)
     monkeypatch.setattr(messages, "mpirun", lambda: "mpirun")
@@ -220,15 +222,25 @@ def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch,
     rows, lines = table_and_lines(arguments, tmp_path, capsys)
     assert len(rows) == 1 + len(lines)
     named = [(line["case"], line["ms_round_trip"], line["times_copy"]) for line in lines]
-    assert named == [(f"{ranks} ranks, {size} parameters", 6.0, 2.0) for ranks in (2, 5) for size in ("10", "2,000")]
-    assert asked == [(ranks, "mpifl.bench.exchange", size, "4") for ranks in (2, 5) for size in ("10", "2000")]
+    ways = [("flat", 6.0, 2.0), ("node", 12.0, 4.0)]
+    assert named == [
+        (f"{ranks} ranks, {size} parameters, {way}", *ms)
+        for ranks in (2, 5)
+        for size in ("10", "2,000")
+        for way, *ms in ways
+    ]
+    words = ("4", "flat", "node")
+    assert asked == [(ranks, "mpifl.bench.exchange", size, *words) for ranks in (2, 5) for size in ("10", "2000")]
+    rows, lines = table_and_lines([*arguments, "--reduce", "node"], tmp_path, capsys)
+    assert {line["case"].split(", ")[-1] for line in lines} == {"node"}
     monkeypatch.setattr(messages, "mpirun", lambda: None)
     assert bench.main(arguments) == 2 and "needs mpirun" in capsys.readouterr().err
 
 
 def test_the_exchange_prints_its_figures_as_json():
-    said = subprocess.run([sys.executable, "-m", "mpifl.bench.exchange", "10", "1"], capture_output=True, check=True)
-    assert json.loads(said.stdout).keys() == {"down", "up", "copy"}
+    command = [sys.executable, "-m", "mpifl.bench.exchange", "10", "1", "node"]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert said.keys() == {"node"} and said["node"].keys() == {"down", "up", "copy"}
 
 
 # ---- data

@@ -16,10 +16,10 @@ FLOORS = {
     "contracts": ["work", "model"],
     "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement"],
     "one rank": ["data.*", "engine.*"],
-    "fleet": ["comm", "messages", "fleet"],
+    "fleet": ["comm", "flat", "node", "messages", "fleet"],
     "programs": [
         *("train", "evaluate", "bench.*", "plan", "build", "console"),
-        *("results", "scoring", "baselines", "launch", "session"),
+        *("results", "scoring", "journal", "baselines", "launch", "session", "command_line", "dry_run", "profiling"),
     ],
 }
 ORDER = list(FLOORS)

@@ -19,11 +19,18 @@ class Wire:
     def announce(self, buffer):
         self.sent.append(buffer.copy())
 
-    bcast = announce
+    def publish(self, nbytes, fill):
+        buffer = np.zeros(nbytes, np.uint8)
+        fill(buffer)
+        self.announce(buffer)
+        return buffer
 
     def scatter(self, table, row):
         self.sent.append(table.copy())
         row[:] = table[0]
+
+    def room(self, nbytes):
+        """Memory for sums."""
 
     def at(self, rank):
         return Delivered(deque(self.sent), rank)
@@ -36,10 +43,15 @@ class Delivered:
     def announce(self, buffer):
         buffer[:] = self.left.popleft()
 
-    bcast = announce
+    def publish(self, nbytes):
+        assert nbytes == len(self.left[0])
+        return self.left.popleft()
 
     def scatter(self, table, row):
         row[:] = self.left.popleft()[self.rank]
+
+    def room(self, nbytes):
+        """Memory for sums."""
 
 
 CASES = {
@@ -59,12 +71,13 @@ def test_each_rank_gets_its_clients_and_those_of_the_next_round_in_order(home, h
     wire = Wire(4)
     question = Ask(2, 7, ids, shared, np.array([0.5]), len(ids), given, attempt=1, ahead=ahead)
     parts = [Sender(wire).send(ASK, question, home, 6, home_ahead)]
+    assert parts[0].room == wire.room
     for rank in (1, 2, 3):
         comm = wire.at(rank)
         header = Header.await_from(comm)
         assert (header.command, header.round, header.accepted) == (ASK, 7, 6)
         parts.append(Receiver(comm).receive(header))
-        assert not comm.left
+        assert not comm.left and parts[-1].room == comm.room
     for rank, part in enumerate(parts):
         assert part.ids.tolist() == ids[home == rank].tolist()
         assert part.ahead.tolist() == ahead[home_ahead == rank].tolist()

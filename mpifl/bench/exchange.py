@@ -1,46 +1,68 @@
-"""What family comm measures on the ranks of an mpirun: `python -m mpifl.bench.exchange PARAMETERS REPEATS`."""
+"""What family comm measures on the ranks of an mpirun: `python -m mpifl.bench.exchange PARAMETERS REPEATS WAY ...`."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
 
 from mpifl.comm import Alone, World, connect
 
+TURNS = 3
+"""Times that each way of exchanging is set up anew, in turn (A B A B A B)."""
 
-def exchanged(comm: World | Alone, parameters: int, repeats: int) -> dict[str, float]:
-    """Median ms of a round's payload: parameters down as float32, their sum up as float64; and of copying both.
+Figures = dict[str, float]
 
-    The first time does not count. A time begins when all ranks are there, as clients do not end together.
+
+def exchanged(comm: World | Alone, parameters: int, repeats: int, ways: Sequence[str]) -> dict[str, Figures]:
+    """Median ms on rank 0 of a round's payload, by comm.reduce: float32 parameters down, float64 sums up; of a copy.
+
+    Down ends when all ranks have the parameters. Up begins with every host adding an upload to zeroed memory, and ends
+    when rank 0 has the sum. The first trip of each turn does not count: it makes the memory.
     """
-    down, up = np.ones(parameters, np.float32), np.ones(parameters, np.float64)
-    copies = [(np.empty_like(buffer), buffer) for buffer in (down, up)]
-    spent: dict[str, list[float]] = {"down": [], "up": [], "copy": []}
-    for _ in range(repeats + 1):
-        up[:] = 1.0
-        for name, act in (("down", lambda: comm.bcast(down)), ("up", lambda: comm.reduce(up))):
-            comm.arrive()
-            spent[name].append(_seconds(act))
-        if comm.rank == 0:  # the others wait, polling
-            spent["copy"].append(_seconds(lambda: [np.copyto(*pair) for pair in copies]))
-    if comm.rank == 0 and not (up == comm.size).all():
-        raise AssertionError(f"the sum over {comm.size} ranks is not {comm.size}")
-    return {name: 1e3 * median(seconds[1:]) for name, seconds in spent.items() if seconds}
+    theta, spent = np.ones(parameters, np.float32), {way: [] for way in ways}
+    for _ in range(TURNS):
+        for way in ways:
+            with comm.using(way):
+                trips = [_trip(comm, theta) for _ in range(-(-repeats // TURNS) + 1)]
+            spent[way] += trips[1:]
+    copies = [(np.empty_like(buffer), buffer) for buffer in (theta, np.ones(parameters, np.float64))]
+    copying = [_copied(copies) for _ in range(repeats)] if comm.rank == 0 else [0.0]
+    each = {way: [1e3 * median(times) for times in zip(*trips)] for way, trips in spent.items()}
+    return {way: {"down": down, "up": up, "copy": 1e3 * median(copying)} for way, (down, up) in each.items()}
 
 
-def _seconds(act: Callable[[], object]) -> float:
+def _trip(comm: World | Alone, theta: np.ndarray) -> tuple[float, float]:
+    """Seconds down and up. A time begins when all ranks are there."""
+    comm.arrive()
     began = time.perf_counter()
-    act()
+    comm.publish(theta.nbytes, lambda room: np.copyto(room, theta.view(np.uint8)))
+    comm.arrive()
+    middle = time.perf_counter()
+    sums = comm.room(8 * len(theta)).view(np.float64)
+    if comm.rank:
+        sums += 1.0
+    comm.arrive()
+    comm.reduce(sums)
+    ended = time.perf_counter()
+    if comm.rank == 0 and not (sums == comm.size - 1).all():
+        raise AssertionError(f"the sum over {comm.size} ranks is not {comm.size - 1}")
+    return middle - began, ended - middle
+
+
+def _copied(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    began = time.perf_counter()
+    for target, source in pairs:
+        np.copyto(target, source)
     return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    world = connect()
-    figures = exchanged(world, *map(int, sys.argv[1:]))
+    world, (parameters, repeats, *ways) = connect(), sys.argv[1:]
+    figures = exchanged(world, int(parameters), int(repeats), ways)
     if world.rank == 0:
         print(json.dumps(figures))

@@ -58,42 +58,57 @@ def _scale(value: float | tuple[float, ...], column: Tensor) -> float | Tensor:
     return value
 
 
-def batches(columns: Columns, features: dict[str, Any], batching: Batching, key: int) -> Iterator[Tree]:
-    """Yield a visit's batches: feature leaves, `index` (B,) int64 and `key` () int64, each on a 64-byte line.
+def epochs(stored: int, batching: Batching, key: int) -> Iterator[np.ndarray]:
+    """Yield, for each epoch of a visit to a client with `stored` rows, which rows it reads, (m,) int64, in order.
 
-    key: of (seed, round, client); the order of epoch e and the key of step s are functions of it.
+    Every `batch_rows` of them are a batch, the last ones maybe a shorter one; the last epoch ends with the last step.
+    key: of (seed, round, client); the order of epoch e is a function of it.
     """
-    any_column = next(iter(columns.values()))
-    stored, device = len(any_column), any_column.device
-    steps = int(batching.steps_of(stored))
-    used = int(batching.examples_used(stored))
+    steps, used = int(batching.steps_of(stored)), int(batching.examples_used(stored))
     chosen = np.arange(stored)
     if used < stored and batching.shuffle:
         chosen = permutation(fold(key, "subset"), stored)
     chosen = chosen[:used]
-    size = batching.size or max(1, used)
+    size = batch_rows(batching, used)
     stop = used - used % size if batching.drop_last else used
-    at_once = size * max(1, GATHERED_BYTES // (size * _input_bytes(columns)))
-    step = epoch = 0
-    while step < steps:
+    epoch = 0
+    while steps:
         order = chosen
         if batching.shuffle:
             order = chosen[permutation(fold(key, "shuffle", epoch), used)]
+        yield order[: min(stop, steps * size)]
+        steps -= min(steps, -(-stop // size))
+        epoch += 1
+
+
+def batch_rows(batching: Batching, used: int) -> int:
+    """Rows of a full batch of a client of which `used` examples take part."""
+    return batching.size or max(1, used)
+
+
+def batches(columns: Columns, features: dict[str, Any], batching: Batching, key: int) -> Iterator[Tree]:
+    """Yield a visit's batches: feature leaves, `index` (B,) int64 and `key` () int64, each on a 64-byte line.
+
+    key: as in `epochs`; the key of step s is a function of it.
+    """
+    any_column = next(iter(columns.values()))
+    stored, device = len(any_column), any_column.device
+    size = batch_rows(batching, int(batching.examples_used(stored)))
+    at_once = size * max(1, GATHERED_BYTES // (size * _input_bytes(columns)))
+    step = 0
+    for order in epochs(stored, batching, key):
         index = torch.from_numpy(order).to(device)
-        for first in range(0, stop, at_once):
-            part = index[first : min(first + at_once, stop)]
+        for first in range(0, len(index), at_once):
+            part = index[first : first + at_once]
             rows = {name: column[first : first + len(part)] for name, column in columns.items()}
             if batching.shuffle:
                 rows = {name: column.index_select(0, part) for name, column in columns.items()}
             inputs = to_inputs(rows, features) | {"index": part}
             for start in range(0, len(part), size):
-                if step == steps:
-                    return
                 batch = {name: aligned(value[start : start + size]) for name, value in inputs.items()}
                 batch["key"] = as_tensor(fold(key, "step", step)).to(device)
                 yield batch
                 step += 1
-        epoch += 1
 
 
 def _input_bytes(columns: Columns) -> int:

@@ -1,9 +1,10 @@
-"""A host answers the server's asks for the clients it was given: plan, load, train, sum."""
+"""A host answers the server's asks for the clients it was given: it has an engine visit them, and sums."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.config import choice
+from mpifl.config import Engine, UserError, choice
 from mpifl.data.batches import batches, blank_columns
-from mpifl.data.source import Source
+from mpifl.engine.batched import Batched, first_line, refusing_module
+from mpifl.engine.clients import Clients, Visited
 from mpifl.engine.clock import Clock
-from mpifl.engine.serial import checked_visit, keep_freed_memory, visit
+from mpifl.engine.graph import as_cuda_graph
+from mpifl.engine.serial import Serial, keep_freed_memory, visit
 from mpifl.engine.store import ClientMemory
-from mpifl.rand import as_tensor, fold
 from mpifl.tree import Layout, Tree, leaves, one_row, tree_map
 from mpifl.uplink.exact import Accumulator, Wire
 from mpifl.work import Client, ClientWork, Upload
@@ -29,6 +31,7 @@ class Ask:
 
     work: index into the works. ids: (n,) int64. given: leaves (n, ...). limits: the sum's, (leaves,).
     clients: size of the whole cohort over all ranks. ahead: (m,) int64 clients that this rank will host next round.
+    room: bytes -> zeroed memory for the sums, (bytes,) uint8; None: where they lie does not matter.
     """
 
     work: int
@@ -40,13 +43,15 @@ class Ask:
     given: Tree = field(default_factory=dict)
     attempt: int = 0
     ahead: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    room: Callable[[int], np.ndarray] | None = None
 
 
 class Host:
-    """The clients of one rank: their data, their memory, and the engine that runs their works.
+    """The clients of one rank, and the engine that runs their works.
 
-    works: everything that may be asked, in the same order on every rank. check: verify that works write only
-    to their carry. exact: whether sums follow the law of the same bits.
+    works: everything that may be asked, in the same order on every rank. exact: whether sums follow the law of the
+    same bits. engine: the job's; "auto" goes on with another engine where a work does not run in the one that pays.
+    say: called with a line for people (default: to stderr).
     """
 
     def __init__(
@@ -61,28 +66,27 @@ class Host:
         device: str | torch.device = "cpu",
         budget: int = 512 << 20,
         exact: bool = True,
-        check: bool = False,
+        engine: Engine = Engine(),  # noqa: B008 - immutable
+        say: Callable[[str], None] | None = None,
     ) -> None:
         for work in works:
             choice(work.batches.split, dataset.splits, "split of the dataset")
         self.works, self.dataset, self.memory, self.seed, self.clock = works, dataset, memory, seed, clock
         self.rank, self.ranks, self.exact = rank, ranks, exact
         self.device = torch.device(device)
-        self.source = Source(dataset, budget, self.device)
-        self.visit = checked_visit if check else visit
+        self.clients = Clients(dataset, memory, seed, self.device, budget)
+        self.source = self.clients.source
+        self.asked_for, self.say = engine.name, say or self._say
+        self.serial = Serial(self.clients, clock, engine.check)
+        self.batched = _batched(self.clients, clock, engine, self.say)
         keep_freed_memory()
-        self.scratch: dict[int, Tree] = {}
-        self.fresh_scratch: dict[int, Tree] = {}
-        self.round = -1
+        self._alone: set[ClientWork] = set()
         self._wires: dict[tuple[int, Layout, Layout], Wire] = {}
         self._blank_scratch: Tree = {}
 
     def settle(self, round: int, accepted: int) -> None:
         """Before an ask of `round`: make rows of accepted rounds current, forget those of an abandoned one."""
-        if accepted >= self.round:
-            self.memory.commit()
-        elif round > self.round:
-            self.memory.discard()
+        self.clients.settle(round, accepted)
 
     def wire(self, work: int, shared: Tree, given: Tree) -> Wire:
         """Find what this work's uploads look like by a blank visit on zero examples."""
@@ -92,30 +96,25 @@ class Host:
         return self._wires[key]
 
     def answer(self, ask: Ask) -> list[Tensor]:
-        """Visit the clients one by one and return the buffers to reduce."""
-        self._turn(ask)
+        """Visit the clients and return the buffers to reduce."""
         self.clock.round = ask.round
         work = self.works[ask.work]
-        if len(ask.ahead):
-            self.source.prefetch(work.batches, np.concatenate([ask.ids, ask.ahead]))
         wire = self.wire(ask.work, ask.shared, one_row(ask.given))
-        total = Accumulator(wire, ask.limits, ask.clients, self.rank)
-        shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))
+        memory = torch.from_numpy(ask.room(wire.bytes)) if ask.room else None
+        total = Accumulator(wire, ask.limits, ask.clients, self.rank, memory)
         before = dict(self.clock.seconds)
         examples = steps = 0
-        for row, id in enumerate(ask.ids.tolist()):
-            self.clock.visit(id)
-            upload, n, ran = self._visit(work, shared, id, tree_map(lambda leaf, row=row: leaf[row], given))
-            if upload is None:
-                continue
+        for visited in self._visits(ask):
             with self.clock.during("sum"):
-                if not total.add(id, upload):
-                    self._forget(id)
-                    continue
-                examples, steps = examples + n, steps + ran
-                if work.batches.of == "client":
-                    self._keep(id, upload)
-        self.clock.visit(-1)
+                ids, upload = visited.ids, visited.upload
+                counts = total.add_block(ids, upload) if visited.stacked else [total.add(ids[0], upload)]
+                for number, counted in enumerate(counts):
+                    if not counted:
+                        self.clients.forget(ids[number])
+                        continue
+                    examples, steps = examples + visited.examples[number], steps + visited.steps[number]
+                    if work.batches.of == "client":
+                        self.clients.keep(ids[number], visited.upload_of(number))
         spent = {
             phase: self.clock.seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("load", "train", "sum")
         }
@@ -128,87 +127,81 @@ class Host:
         )
         return total.buffers
 
-    def _turn(self, ask: Ask) -> None:
-        """Bring scratch up to this ask: of earlier asks of the round, not of a first attempt at this one."""
-        if ask.attempt == 0:
-            self.scratch |= self.fresh_scratch
-        if ask.round != self.round:
-            self.scratch = {}
-            self.round = ask.round
-        self.fresh_scratch = {}
-
     def rows(self, ask: Ask) -> tuple[np.ndarray, np.ndarray]:
         """Visit the clients and return (ids (n,) int64, per-client [weight | stats] (n, S) float64) unsummed."""
-        self._turn(ask)
-        work = self.works[ask.work]
         width = sum(self.wire(ask.work, ask.shared, {}).small)
-        shared = tree_map(lambda leaf: leaf.to(self.device), ask.shared)
         ids, rows = [], []
-        for id in ask.ids.tolist():
-            self.clock.visit(id)
-            upload, _, _ = self._visit(work, shared, id, {})
-            if upload is not None:
+        for visited in self._visits(ask):
+            for number, id in enumerate(visited.ids):
+                upload = visited.upload_of(number)
                 values = [upload.weight, *(leaf for _, leaf in leaves(upload.stats))]
                 rows.append(torch.cat([v.reshape(-1).double().cpu() for v in values]).numpy())
                 ids.append(id)
-        self.clock.visit(-1)
         return np.asarray(ids, dtype=np.int64), np.asarray(rows, dtype=np.float64).reshape(len(ids), width)
 
     def blank_client(self, examples: int, given: Tree | None = None) -> Client:
         """A client without a past, for visits that only find shapes or sizes."""
-        return self._client(-1, 0, examples, given or {})._replace(scratch=self._blank_scratch)
+        return self.clients.one(-1, 0, examples, given or {})._replace(scratch=self._blank_scratch)
 
-    def _visit(self, work: ClientWork, shared: Tree, id: int, given: Tree) -> tuple[Upload | None, int, int]:
-        """Run one client; returns (upload, examples, steps), upload None for a client without a batch."""
-        batching = work.batches
-        with self.clock.during("load"):
-            columns = self.source.columns(batching, id)
-            stored = len(next(iter(columns.values())))
-            steps, n = int(batching.steps_of(stored)), int(batching.examples_used(stored))
-            if steps == 0:
-                return None, 0, 0
-            key = fold(self.seed, "visit", max(self.round, 0), id)
-            client = self._client(id, key, n, given)
-        with self.clock.during("train"):
-            stream = batches(columns, self.dataset.features, batching, key)
-            return self.visit(work, shared, client, stream), n, steps
+    def _visits(self, ask: Ask) -> Iterator[Visited]:
+        """Have an engine visit the clients of an ask."""
+        self.clients.turn(ask.round, ask.attempt)
+        work, ids = self.works[ask.work], ask.ids
+        shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))
+        engine = self.batched if self._runs_batched(work) else self.serial
+        if engine is self.batched:
+            order = self.clients.longest_first(work.batches, ids)
+            ids, given = ids[order], tree_map(lambda leaf: leaf[torch.as_tensor(order, device=leaf.device)], given)
+        if len(ask.ahead):
+            self.source.prefetch(work.batches, np.concatenate([ids, ask.ahead]))
+        return engine.visits(work, shared, ids, given)
 
-    def _client(self, id: int, key: int, n: int, given: Tree) -> Client:
-        row = self.memory.read([id]) if self.memory.kept else {}
-        return Client(
-            id=torch.tensor(id, device=self.device),
-            key=as_tensor(key).to(self.device),
-            n=torch.tensor(float(n), device=self.device),
-            memory=tree_map(lambda leaf: leaf[0].to(self.device), row),
-            visits=torch.tensor(self.memory.visits(id), device=self.device),
-            scratch=self.scratch.get(id, {}),
-            given=given,
-        )
-
-    def _keep(self, id: int, upload: Upload) -> None:
-        if self.memory.kept and upload.memory:
-            self.memory.stage(id, upload.memory)
-        if upload.scratch:
-            self.fresh_scratch[id] = upload.scratch
-
-    def _forget(self, id: int) -> None:
-        """An excluded client keeps what it had before the round, whatever earlier asks staged."""
-        self.memory.unstage(id)
-        self.fresh_scratch.pop(id, None)
+    def _runs_batched(self, work: ClientWork) -> bool:
+        """Blocks of a split, and all of it, are large enough one by one."""
+        return self.batched is not None and work.batches.of == "client" and work not in self._alone
 
     def _blank_visit(self, work: int, shared: Tree, given: Tree) -> Upload:
         chosen = self.works[work]
         one_batch = replace(chosen.batches, size=0, epochs=1, steps=1, drop_last=False, shuffle=False)
         columns = {k: v.to(self.device) for k, v in blank_columns(self.dataset.features).items()}
-        client = self.blank_client(2, tree_map(self._zeros, given))
+        client, zeros = self.blank_client(2, tree_map(self._zeros, given)), tree_map(self._zeros, shared)
         stream = batches(columns, self.dataset.features, replace(one_batch, max_examples=None, max_steps=None), 0)
-        upload = visit(chosen, tree_map(self._zeros, shared), client, stream)
+        upload = visit(chosen, zeros, client, stream)
+        if self._runs_batched(chosen):
+            self._try_batched(chosen, zeros, client)
         # What one work keeps for a later one of the round has its shape from here; asks come in one order.
         self._blank_scratch = self._blank_scratch | upload.scratch
         return upload
 
+    def _try_batched(self, work: ClientWork, shared: Tree, client: Client) -> None:
+        """Note a work that does not run on several clients at once; UserError if the job wants just that."""
+        try:
+            self.batched.try_out(work, shared, client, slowly=self.asked_for != "auto")
+        except Exception as error:  # the same visit has just succeeded one by one: it is vmap that refuses
+            who = refusing_module(error) or "a work"
+            what = f"{who} cannot run on several clients at once ({first_line(error)})"
+            if self.asked_for != "auto":
+                raise UserError(
+                    f'engine.name is "{self.asked_for}", but {what}; use engine.name = "serial" or "auto"'
+                ) from error
+            self.say(f"{what}: clients train one by one")
+            self._alone.add(work)
+
+    def _say(self, line: str) -> None:
+        print(f"rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
     def _zeros(self, leaf: Tensor) -> Tensor:
         return torch.zeros(leaf.shape, dtype=leaf.dtype, device=self.device)
+
+
+def _batched(clients: Clients, clock: Clock, engine: Engine, say: Callable[[str], None]) -> Batched | None:
+    """The engine that trains several clients at once, if the job wants it, or the device."""
+    on_gpu = clients.device.type == "cuda"
+    name = engine.name if engine.name != "auto" else "graph" if on_gpu and not engine.check else "serial"
+    if name == "serial":
+        return None
+    capture = as_cuda_graph if name == "graph" else None
+    return Batched(clients, clock, say, engine.clients_at_once, capture, engine.compile)
 
 
 def resident_bytes() -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
-from mpifl.tree import Tree, leaves
+from mpifl.data.batches import batches
+from mpifl.engine.clients import Clients, Visited
+from mpifl.engine.clock import Clock
+from mpifl.tree import Tree, leaves, tree_map
 from mpifl.work import Client, ClientWork, Upload
 
 
@@ -39,6 +43,33 @@ def checked_visit(work: ClientWork, shared: Tree, client: Client, batches: Itera
     upload = work.finish(shared, client, carry)
     _compare(before, _versions(fixed), "read-only input")
     return upload
+
+
+class Serial:
+    """Visits clients in the order given; check: verify that works write only to their carry."""
+
+    def __init__(self, clients: Clients, clock: Clock, check: bool = False) -> None:
+        self.clients, self.clock = clients, clock
+        self.visit = checked_visit if check else visit
+
+    def visits(self, work: ClientWork, shared: Tree, ids: np.ndarray, given: Tree) -> Iterator[Visited]:
+        """Yield a Visited for every client that has a batch; given: leaves (n, ...) for n ids."""
+        clients, batching = self.clients, work.batches
+        for row, id in enumerate(ids.tolist()):
+            self.clock.visit(id)
+            with self.clock.during("load"):
+                columns = clients.source.columns(batching, id)
+                stored = len(next(iter(columns.values())))
+                steps, n = int(batching.steps_of(stored)), int(batching.examples_used(stored))
+                if steps == 0:
+                    continue
+                key = clients.key(id)
+                client = clients.one(id, key, n, tree_map(lambda leaf, row=row: leaf[row], given))
+            with self.clock.during("train"):
+                stream = batches(columns, clients.dataset.features, batching, key)
+                upload = self.visit(work, shared, client, stream)
+            yield Visited([id], [n], [steps], upload, stacked=False)
+        self.clock.visit(-1)
 
 
 def _versions(tree: Tree) -> dict[str, int]:

@@ -13,6 +13,7 @@ by rank r alone: a sum then gathers what a sum cannot maximise.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,6 +45,8 @@ ROW = (
     "resident_bytes",
 )
 """What each rank reports beside its peaks; clients as index + 1, 0 for none."""
+_PIECE = 1 << 22
+"""Elements of a block of uploads that are rounded at a time, in float64."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,16 @@ class Wire:
         updates = len(self.update.leaves)
         return np.asarray([FIRST_UPDATE] * updates + [FIRST_STATISTIC] * (len(self.names) - updates))
 
-    def buffers(self) -> list[Tensor]:
-        """Return what is reduced, zeroed: one float64 buffer when exact, else float32 update and float64 rest."""
+    def buffers(self, memory: Tensor | None = None) -> list[Tensor]:
+        """Return what is reduced, zeroed: one float64 buffer when exact, else float32 update and float64 rest.
+
+        memory: where they are to lie, (bytes,) uint8, zeroed.
+        """
+        memory = torch.zeros(self.bytes, dtype=torch.uint8) if memory is None else memory
         if self.exact:
-            return [torch.zeros(self.size + self.tail, dtype=torch.float64)]
-        return [torch.zeros(self.size), torch.zeros(self.tail, dtype=torch.float64)]
+            return [memory.view(torch.float64)]
+        rest, update = memory.split([self.tail * 8, self.size * 4])
+        return [update.view(torch.float32), rest.view(torch.float64)]
 
     def parts(self, buffers: list[Tensor]) -> tuple[Tensor, np.ndarray]:
         """View buffers as (update (U,), rest (T,))."""
@@ -142,14 +150,15 @@ def fits(limits: np.ndarray, peaks: np.ndarray, clients: int) -> bool:
 class Accumulator:
     """Adds uploads of one ask on one rank.
 
-    limits: (leaves,) float64. clients: size of the whole cohort. After the `add`s, `report` completes the rank's
-    row and `buffers` are ready to be reduced.
+    limits: (leaves,) float64. clients: size of the whole cohort. memory: where the sums are to lie, (wire.bytes,)
+    uint8, zeroed. After the `add`s, `report` completes the rank's row and `buffers` are ready to be reduced.
     """
 
     wire: Wire
     limits: np.ndarray
     clients: int
     rank: int
+    memory: Tensor | None = None
     peaks: np.ndarray = field(init=False)
     bad: tuple[int, int] | None = None
     over: tuple[int, int] | None = None
@@ -157,7 +166,7 @@ class Accumulator:
 
     def __post_init__(self) -> None:
         wire = self.wire
-        self.buffers = wire.buffers()
+        self.buffers = wire.buffers(self.memory)
         update, rest = wire.parts(self.buffers)
         self.peaks = np.zeros(len(wire.names))
         magic = 1.5 * 2.0**52 * spacing(self.limits, self.clients)
@@ -167,6 +176,7 @@ class Accumulator:
         self._small_starts = np.cumsum([0, *wire.small[:-1]])
         self._parts = update.split([leaf.size for leaf in wire.update.leaves])
         self._scratch: dict[int, Tensor] = {}
+        self._there: Tensor | None = None
         self._small = rest[: sum(wire.small)]
         self._count = rest[sum(wire.small) :]
 
@@ -175,23 +185,12 @@ class Accumulator:
         self._refuse_other_shapes(upload)
         values = [leaf.reshape(-1) for _, leaf in leaves(upload.update)]
         small = torch.cat([_double(upload.weight), *(_double(leaf) for _, leaf in leaves(upload.stats))]).numpy()
-        weight = float(small[0])
-        scale = abs(weight) if math.isfinite(weight) else 1.0  # a bad weight is its own fault, not the first leaf's
-        peaks = np.asarray(
-            [_largest(value) * scale for value in values]
-            + np.maximum.reduceat(np.abs(small), self._small_starts).tolist()
-        )
-        if not np.isfinite(peaks).all():
-            self.bad = _first(self.bad, client, int(np.argmin(np.isfinite(peaks))))
-            self.excluded += 1
+        if not self._admit(client, [_largest(value) for value in values], small):
             return False
-        self.peaks = np.maximum(self.peaks, peaks)
-        self._count[0] += weight != 0
+        if self.over is not None:  # the server will ask again: this sum is not going to be used
+            return True
+        weight = float(small[0])
         if self.wire.exact:
-            beyond = peaks > self.limits
-            if beyond.any():  # the server will ask again: this sum is not going to be used
-                self.over = _first(self.over, client, int(np.argmax(beyond)))
-                return True
             for part, value, magic in zip(self._parts, values, self._magic):
                 part.add_(self._rounded(value, weight, magic))
         else:
@@ -200,9 +199,63 @@ class Accumulator:
         self._small += (small + self._small_magic) - self._small_magic
         return True
 
-    def _refuse_other_shapes(self, upload: Upload) -> None:
+    def add_block(self, clients: Sequence[int], upload: Upload) -> list[bool]:
+        """As `add` for each of these clients, whose uploads are the first rows of leaves (K, ...).
+
+        Updates are summed on the device where they are; what `add` would read goes to the host in one piece.
+        """
+        self._refuse_other_shapes(upload, axes=1)
+        count = len(clients)
+        values = [leaf[:count].reshape(count, -1) for _, leaf in leaves(upload.update)]
+        statistics = [_double_rows(leaf[:count]) for _, leaf in leaves(upload.stats)]
+        read = torch.cat([*map(_largest_of_rows, values), _double_rows(upload.weight[:count]), *statistics], dim=1)
+        largest, small = np.split(read.cpu().numpy(), [len(values)], axis=1)
+        admitted = [self._admit(*row) for row in zip(clients, largest.tolist(), small)]
+        if self.over is not None or not any(admitted):
+            return admitted
+        if not all(admitted):
+            small = small[admitted]
+            values = [value[torch.tensor(admitted, device=value.device)] for value in values]
+        weights = torch.from_numpy(small[:, :1]).to(read.device)
+        for part, value, magic in zip(self._parts_on(read.device), values, self._magic):
+            width = max(1, _PIECE // len(value))
+            for sum, piece in zip(part.split(width), value.split(width, dim=1)):
+                terms = piece.to(torch.float64) * weights
+                sum.add_((terms.add_(magic).sub_(magic) if self.wire.exact else terms).sum(dim=0))
+        self._small += ((small + self._small_magic) - self._small_magic).sum(axis=0)
+        return admitted
+
+    def _admit(self, client: int, largest: list[float], small: np.ndarray) -> bool:
+        """Note peaks, count and flags of one upload; False if it holds a number that is not finite."""
+        weight = float(small[0])
+        scale = abs(weight) if math.isfinite(weight) else 1.0  # a bad weight is its own fault, not the first leaf's
+        peaks = np.asarray(
+            [value * scale for value in largest] + np.maximum.reduceat(np.abs(small), self._small_starts).tolist()
+        )
+        if not np.isfinite(peaks).all():
+            self.bad = _first(self.bad, client, int(np.argmin(np.isfinite(peaks))))
+            self.excluded += 1
+            return False
+        self.peaks = np.maximum(self.peaks, peaks)
+        self._count[0] += weight != 0
+        beyond = peaks > self.limits
+        if self.wire.exact and beyond.any():
+            self.over = _first(self.over, client, int(np.argmax(beyond)))
+        return True
+
+    def _parts_on(self, device: torch.device) -> list[Tensor]:
+        """The sums of update leaves: of the buffer itself on the CPU, else on the device until `report`."""
+        if device.type == "cpu":
+            return self._parts
+        if self._there is None:
+            update, _ = self.wire.parts(self.buffers)
+            self._there = torch.zeros_like(update, device=device)
+        return list(self._there.split([len(part) for part in self._parts]))
+
+    def _refuse_other_shapes(self, upload: Upload, axes: int = 0) -> None:
+        """ValueError unless an upload, behind this many leading axes, has the names and shapes of the wire."""
         for expected, tree in ((self.wire.update, upload.update), (self.wire.stats, upload.stats)):
-            found = [(name, leaf.shape) for name, leaf in leaves(tree)]
+            found = [(name, leaf.shape[axes:]) for name, leaf in leaves(tree)]
             if found != [(leaf.name, leaf.shape) for leaf in expected.leaves]:
                 names = [f"{leaf.name} {leaf.shape}" for leaf in expected.leaves]
                 raise ValueError(
@@ -220,7 +273,10 @@ class Accumulator:
         return scratch.add_(magic).sub_(magic)
 
     def report(self, **figures: float) -> None:
-        """Fill this rank's row with its peaks and `figures` (names of ROW)."""
+        """Fill this rank's row with its peaks and `figures` (names of ROW), and fetch what was summed elsewhere."""
+        if self._there is not None:
+            update, _ = self.wire.parts(self.buffers)
+            update.add_(self._there.to("cpu"))
         bad, over = self.bad or (-1, 0), self.over or (-1, 0)
         figures |= {"excluded": self.excluded, "bad_client": bad[0] + 1, "bad_leaf": bad[1]}
         figures |= {"over_client": over[0] + 1, "over_leaf": over[1]}
@@ -232,12 +288,24 @@ def _double(leaf: Tensor) -> Tensor:
     return leaf.reshape(-1).to("cpu", torch.float64)
 
 
+def _double_rows(leaf: Tensor) -> Tensor:
+    return leaf.reshape(len(leaf), -1).to(torch.float64)
+
+
 def _largest(value: Tensor) -> float:
     """Largest magnitude; NaN or inf if there is one. One pass, where isfinite().all() would take ten times."""
     if not value.numel():
         return 0.0
     low, high = value.aminmax()
     return max(-float(low), float(high)) if low == low else math.nan
+
+
+def _largest_of_rows(values: Tensor) -> Tensor:
+    """`_largest` of each row of (K, n) values, (K, 1) float64, without waiting for a GPU."""
+    if not values.numel():
+        return values.new_zeros((len(values), 1), dtype=torch.float64)
+    low, high = values.aminmax(dim=1, keepdim=True)
+    return torch.maximum(-low.to(torch.float64), high.to(torch.float64))
 
 
 def _first(found: tuple[int, int] | None, client: int, leaf: int) -> tuple[int, int]:

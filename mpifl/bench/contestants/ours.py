@@ -1,0 +1,80 @@
+"""mpifl among the contestants: `mpirun -n 3 python -m mpifl.bench.contestants.ours JOB.toml MODEL.npy`.
+
+At each line on standard input it trains the job's rounds as mpifl.train does, and prints the seconds of each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpifl import __version__
+from mpifl.comm import Alone, World
+from mpifl.config import load
+from mpifl.console import Console
+from mpifl.engine.clock import Clock
+from mpifl.fleet import Fleet, serve
+from mpifl.launch import agree, all_or_none, command
+from mpifl.results import RunFolder, Totals
+from mpifl.session import Session
+from mpifl.train import train
+
+NAP = 0.005
+
+
+def told(comm: World | Alone) -> bool:
+    """Wait for rank 0's next line, on every rank, and leave the cores to others meanwhile; False at the end."""
+    line = sys.stdin.readline() if comm.rank == 0 else ""
+    comm.arrive(_nap)
+    return comm.lowest(len(line) if comm.rank == 0 else 1) > 0  # all ranks are awake after this
+
+
+def _nap() -> bool:
+    time.sleep(NAP)
+    return True
+
+
+def turn(session: Session, folder: RunFolder, limits: dict[str, list[float]]) -> tuple[list[float], np.ndarray]:
+    """Train all rounds; returns seconds of each, evaluation apart, and the model, (P,).
+
+    limits: of the sums, which each turn hands to the next one: a job has its first rounds only once.
+    """
+    fleet = Fleet(session.comm, session.host, of_a_round=session.parts.algorithm.works)
+    fleet.limits = limits
+    state = train(session, fleet, folder, Totals(), Console(quiet=True))
+    fleet.stop()
+    lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-session.job.rounds :]
+    spent = [json.loads(line)["seconds"] for line in lines]
+    return [s["total"] - s.get("evaluate", 0.0) for s in spent], session.parts.algorithm.models(state)["model"].numpy()
+
+
+def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
+    path, model = arguments
+    session = agree(comm, lambda: Session.open(load(path), comm, Clock(comm.rank)))
+    folder = agree(comm, lambda: RunFolder(session.job) if comm.rank == 0 else None)
+    with all_or_none(comm, session.host.clock, Path(session.job.run.out)), closing(session):
+        _say(comm, {"versions": {"mpifl": __version__}})
+        limits: dict[str, list[float]] = {}
+        while told(comm):
+            if folder is None:
+                serve(comm, session.host)
+                continue
+            seconds, theta = turn(session, folder, limits)
+            np.save(model, theta)
+            _say(comm, {"seconds": seconds})
+
+
+def _say(comm: World | Alone, what: dict[str, Any]) -> None:
+    if comm.rank == 0:
+        print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command(_command))
