@@ -37,6 +37,11 @@ def fold(key: int, *words: int | str) -> int:
     return key
 
 
+def folds(key: int, count: int) -> np.ndarray:
+    """Return `fold(key, n)` for n = 0 .. count - 1, (count,) uint64."""
+    return _hash_counters(_mix(key & _MASK), np.arange(count, dtype=np.uint64))
+
+
 def as_tensor(key: int) -> Tensor:
     """Return a 64-bit key as the () int64 tensor that ClientWorks see."""
     return torch.tensor(key - (1 << 64) if key >> 63 else key, dtype=torch.int64)

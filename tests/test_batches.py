@@ -1,4 +1,4 @@
-"""Batches: as many as announced, each example once an epoch, a function of the client and its key, on 64-byte lines."""
+"""Batches: as many as announced, each example once an epoch, a function of client and key, floats on 64-byte lines."""
 
 import itertools
 
@@ -141,12 +141,13 @@ def test_a_cap_on_examples_takes_the_first_or_a_subset_of_the_visit_for_all_its_
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_leaf_of_every_batch_starts_on_a_64_byte_line(size, shuffle):
+def test_floats_of_every_batch_start_on_a_64_byte_line(size, shuffle):
     odd = torch.from_numpy(np.arange(61, dtype=np.float32)[1:].reshape(20, 3))  # 4 bytes off
     features = FEATURES | {"z": Feature("uint8", (5,), mean=3.0, std=2.0)}
     stored = {"x": odd, "y": torch.arange(20), "z": torch.ones(20, 5, dtype=torch.uint8)}
     for batch in batches(stored, features, Batching(size=size, epochs=2, shuffle=shuffle), 1):
-        assert all(leaf.data_ptr() % 64 == 0 and leaf.is_contiguous() for leaf in batch.values())
+        assert all(leaf.is_contiguous() for leaf in batch.values())
+        assert all(batch[name].data_ptr() % 64 == 0 for name in "xz")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpifl.rand import as_tensor, dropout, fold, integers_at, permutation, sample, uniform_int32
+from mpifl.rand import as_tensor, dropout, fold, folds, integers_at, permutation, sample, uniform_int32
 
 
 def unlikely(counts, expected):
@@ -172,3 +172,9 @@ def test_dropout_of_each_client_is_the_same_under_vmap():
     together = torch.func.vmap(lambda row, key: dropout(row, 0.4, key, salt=2))(x, keys)
     for row, key, found in zip(x, keys, together):
         assert torch.equal(found, dropout(row, 0.4, key, salt=2))
+
+
+def test_folds_are_the_folds_of_counters():
+    for key in (0, 7, (1 << 64) - 1):
+        assert folds(key, 5).tolist() == [fold(key, n) for n in range(5)]
+    assert len(folds(3, 0)) == 0

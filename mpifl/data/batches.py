@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.rand import as_tensor, fold, permutation
+from mpifl.rand import fold, folds, permutation
 from mpifl.tree import Tree, aligned
 from mpifl.work import Batching
 
@@ -31,6 +31,11 @@ def as_columns(arrays: dict[str, np.ndarray], device: torch.device) -> Columns:
     """
     shared = {name: np.require(_widened(array), requirements="CW") for name, array in arrays.items()}
     return {name: torch.from_numpy(array).to(device) for name, array in shared.items()}
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on `device`; to a GPU without waiting for what it still has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
@@ -87,7 +92,7 @@ def batch_rows(batching: Batching, used: int) -> int:
 
 
 def batches(columns: Columns, features: dict[str, Any], batching: Batching, key: int) -> Iterator[Tree]:
-    """Yield a visit's batches: feature leaves, `index` (B,) int64 and `key` () int64, each on a 64-byte line.
+    """Yield a visit's batches: feature leaves, `index` (B,) int64 and `key` () int64; floats start on a 64-byte line.
 
     key: as in `epochs`; the key of step s is a function of it.
     """
@@ -95,7 +100,7 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
     stored, device = len(any_column), any_column.device
     size = batch_rows(batching, int(batching.examples_used(stored)))
     at_once = size * max(1, GATHERED_BYTES // (size * _input_bytes(columns)))
-    step = 0
+    keys = iter(step_keys(key, int(batching.steps_of(stored)), device))
     for order in epochs(stored, batching, key):
         index = torch.from_numpy(order).to(device)
         for first in range(0, len(index), at_once):
@@ -104,11 +109,14 @@ def batches(columns: Columns, features: dict[str, Any], batching: Batching, key:
             if batching.shuffle:
                 rows = {name: column.index_select(0, part) for name, column in columns.items()}
             inputs = to_inputs(rows, features) | {"index": part}
-            for start in range(0, len(part), size):
-                batch = {name: aligned(value[start : start + size]) for name, value in inputs.items()}
-                batch["key"] = as_tensor(fold(key, "step", step)).to(device)
-                yield batch
-                step += 1
+            for cut in zip(*(value.split(size) for value in inputs.values())):
+                batch = {name: aligned(v) if v.is_floating_point() else v for name, v in zip(inputs, cut)}
+                yield batch | {"key": next(keys)}
+
+
+def step_keys(key: int, steps: int, device: torch.device) -> Tensor:
+    """The key of each step of a visit, (steps,) int64."""
+    return torch.from_numpy(folds(fold(key, "step"), steps).view(np.int64)).to(device)
 
 
 def _input_bytes(columns: Columns) -> int:

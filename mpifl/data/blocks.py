@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.data.batches import Columns, epochs, to_inputs
-from mpifl.rand import fold
+from mpifl.data.batches import Columns, epochs, moved, to_inputs
+from mpifl.rand import fold, folds
 from mpifl.tree import Tree
 from mpifl.work import Batching
 
@@ -35,10 +35,10 @@ def side_by_side(
     rows, table = np.zeros((steps, len(visits), size), np.int64), np.zeros((steps, len(visits), 2), np.int64)
     for k, (places, counts) in enumerate(visits):
         rows[: len(counts), k], table[: len(counts), k, 0] = places, counts
-        table[:, k, 1] = np.asarray([fold(keys[k], "step", step) for step in range(steps)], np.uint64).view(np.int64)
+        table[:, k, 1] = folds(fold(keys[k], "step"), steps).view(np.int64)
     starts = np.cumsum([0, *sizes[:-1]])
     whole = {name: torch.cat([one[name] for one in columns]) for name in columns[0]}
-    return _cut(whole, features, *(_upload(array, device) for array in (rows, table, starts)))
+    return _cut(whole, features, *(moved(torch.from_numpy(array), device) for array in (rows, table, starts)))
 
 
 def _places(stored: int, batching: Batching, key: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +63,3 @@ def _cut(whole: Columns, features: dict[str, Any], rows: Tensor, table: Tensor, 
         piece |= {"index": index, "mask": within < counts.unsqueeze(-1), "key": keys}
         for step in range(len(index)):
             yield {name: value[step] for name, value in piece.items()}
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, on a GPU without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
