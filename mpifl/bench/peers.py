@@ -1,11 +1,13 @@
 """The same rounds through mpifl, a plain torch loop, FedJAX, pfl-research and Flower, taking turns (A B C A B C).
 
-dense, conv, cifar, lstm are family round's workloads. In a turn everyone trains the same clients from the same model:
-SGD in the order of rows, one epoch, mean weighted by examples. A second is of a round, the median over turns; the
-first turn does not count, and s_first_round is its first round: what compiling takes. times_ours compares with mpifl on
-a server and two hosts. That all do the same is seen by the loss of what came out on rows of these clients, and by how
-far the model moved (a norm); with dropout (conv, cifar) everyone draws for himself, and FedJAX fills the last batch of
-a client with its first rows. A peer is left out unless its environment is named. No scores inside the rounds.
+dense, conv, cifar and lstm are the workloads of family round. In a turn everyone trains the same cohorts from the same
+model: one epoch of SGD in the order of rows, the mean weighted by examples, nothing evaluated. s_round is a turn's
+mean, the median over turns after the first one; times_ours compares it with mpifl's, a server and two hosts;
+s_first_round has compiling in it. A peer takes part if its environment is named, as it is fastest on two cores.
+
+loss (of the final model, on rows of these clients), moved (norm of the model's change) and apart (norm of its
+difference from mpifl's model), both over the norm of mpifl's change, show whether all did the same. In conv and cifar
+everyone draws a dropout of its own, and FedJAX fills a client's last batch with its first rows.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ def pfl_workers(processes: int) -> list[dict[str, str]]:
     """Environment of each of pfl's processes."""
     if processes == 1:
         return [{}]
-    addresses = ",".join(f"127.0.0.1:{_free_port()}" for _ in range(processes))
+    addresses = ",".join([f"127.0.0.1:{_free_port()}"] * processes)  # the first one's is listened to
     return [{"PFL_WORKER_ADDRESSES": addresses, "PFL_WORKER_RANK": str(rank)} for rank in range(processes)]
 
 
@@ -156,11 +158,7 @@ def write_workload(session: Session, path: Path) -> int:
 
 
 def compared(session: Session, workload: Path, model: Path, ours: Path) -> Case:
-    """What a contestant's training did: the loss of its model, how far it moved, how far from ours it is.
-
-    loss: on the first rows. moved: norm of the model's change over that of ours. apart: norm of the difference from
-    ours, over that too.
-    """
+    """Loss, moved and apart of a contestant's model, as this module's docstring says."""
     with np.load(workload) as file:
         x, y = (torch.from_numpy(file[name][:CHECKED_ROWS]) for name in ("x", "y"))
     theta, own = torch.from_numpy(np.load(model)), torch.from_numpy(np.load(ours))

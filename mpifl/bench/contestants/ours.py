@@ -41,13 +41,9 @@ def _nap() -> bool:
     return True
 
 
-def turn(session: Session, folder: RunFolder, limits: dict[str, list[float]]) -> tuple[list[float], np.ndarray]:
-    """Train all rounds; returns seconds of each, evaluation apart, and the model, (P,).
-
-    limits: of the sums, which each turn hands to the next one: a job has its first rounds only once.
-    """
+def turn(session: Session, folder: RunFolder) -> tuple[list[float], np.ndarray]:
+    """Train all rounds from the start; returns seconds of each, evaluation apart, and the model, (P,)."""
     fleet = Fleet(session.comm, session.host, of_a_round=session.parts.algorithm.works)
-    fleet.limits = limits
     state = train(session, fleet, folder, Totals(), Console(quiet=True))
     fleet.stop()
     lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-session.job.rounds :]
@@ -61,12 +57,11 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     folder = agree(comm, lambda: RunFolder(session.job) if comm.rank == 0 else None)
     with all_or_none(comm, session.host.clock, Path(session.job.run.out)), closing(session):
         _say(comm, {"versions": {"mpifl": __version__}})
-        limits: dict[str, list[float]] = {}
         while told(comm):
             if folder is None:
                 serve(comm, session.host)
                 continue
-            seconds, theta = turn(session, folder, limits)
+            seconds, theta = turn(session, folder)
             np.save(model, theta)
             _say(comm, {"seconds": seconds})
 

@@ -15,6 +15,7 @@ jax.tree_map = jax.tree_util.tree_map  # FedJAX 0.0.17 is older than its end
 
 import fedjax  # noqa: E402
 import haiku as hk  # noqa: E402
+from fedjax.core.metrics import unreduced_cross_entropy_loss  # noqa: E402
 from fedjax.models import emnist  # noqa: E402
 
 Params = dict[str, Any]
@@ -23,13 +24,12 @@ Params = dict[str, Any]
 def make_model(workload: Workload) -> fedjax.Model:
     """Return the workload's net as a FedJAX model."""
     if workload.net == "char_lstm":
-        return fedjax.Model(lambda rng: lstm_shapes(workload.classes), lstm_scores, lstm_scores, token_loss, {})
+        return fedjax.Model(lambda rng: lstm_shapes(workload.classes), lstm_scores, lstm_scores, mean_losses, {})
     if workload.net == "mlp":
         return emnist.create_dense_model(hidden_units=workload.hidden[0])
     net = hk.transform(lambda batch: emnist.ConvDropoutModule(workload.classes)(batch["x"], True))
     x, y = example(workload, 0)
-    loss = emnist._TRAIN_LOSS
-    return fedjax.create_model_from_haiku(net, {"x": x[:1], "y": y[:1]}, loss)
+    return fedjax.create_model_from_haiku(net, {"x": x[:1], "y": y[:1]}, mean_losses)
 
 
 def lstm_shapes(classes: int) -> Params:
@@ -61,9 +61,10 @@ def lstm_scores(params: Params, batch: Params, rng: Any = None) -> Any:
     return (sequence @ params["out_w"].T + params["out_b"]).transpose(1, 0, 2)
 
 
-def token_loss(batch: Params, scores: Any) -> Any:
-    """Mean cross entropy of each sequence, (B,)."""
-    return jnp.mean(emnist.metrics.unreduced_cross_entropy_loss(batch["y"], scores), axis=-1)
+def mean_losses(batch: Params, scores: Any) -> Any:
+    """Cross entropy of each example, (B,); of a sequence the mean over its tokens."""
+    losses = unreduced_cross_entropy_loss(batch["y"], scores)
+    return losses if losses.ndim == 1 else jnp.mean(losses, axis=1)
 
 
 def example(workload: Workload, client: int) -> tuple[np.ndarray, np.ndarray]:
