@@ -37,7 +37,7 @@ def alone(monkeypatch):
     """Ours without mpirun, and the plain loop on one thread."""
     everyone = peers.contestants
     monkeypatch.setattr(peers, "mpirun", lambda: None)
-    monkeypatch.setattr(peers, "contestants", lambda folder, options: everyone(folder, options)[:2])
+    monkeypatch.setattr(peers, "contestants", lambda folder, options, alone: everyone(folder, options, alone)[:2])
 
 
 def femnist(path):
@@ -111,7 +111,7 @@ def test_the_nets_that_peers_get_are_ours(monkeypatch, net, factory, shape, draw
     x = torch.randint(62, (3, *shape)) if text else torch.randn(3, *shape)
     own = from_module(lambda: factory(features))
     theta = own.init(1)
-    workload = SimpleNamespace(net=net, classes=62, hidden=[9, 7], clients=[(x.numpy(), None)])
+    workload = SimpleNamespace(net=net, classes=62, hidden=[9, 7], clients=[(x.numpy(), None)], device="cpu")
     theirs = script(monkeypatch, "torch_net").make_net(workload)
     torch.nn.utils.vector_to_parameters(theta.clone(), theirs.parameters())
     scores = own.scores(theta, {"x": x, "index": torch.arange(3)})

@@ -16,7 +16,7 @@ from typing import TextIO
 
 import torch
 
-from mpifl.bench import data, messages, peers, rounds, scale, step
+from mpifl.bench import data, gpu, messages, peers, rounds, scale, step
 from mpifl.bench.cases import Case, count
 from mpifl.comm import Alone, World
 from mpifl.config import UserError, choice
@@ -24,7 +24,7 @@ from mpifl.console import Console
 from mpifl.launch import Parser, agree, command
 from mpifl.results import hardware, versions
 
-FAMILIES = {"step": step, "round": rounds, "comm": messages, "data": data, "scale": scale, "peers": peers}
+FAMILIES = {"step": step, "round": rounds, "comm": messages, "data": data, "scale": scale, "peers": peers, "gpu": gpu}
 CASE_WIDTH = 36
 
 
@@ -36,13 +36,13 @@ def report(family: str, cases: Iterator[Case], comm: World | Alone, file: TextIO
     console, shown = Console(), None
     machine = {"versions": versions(comm.library), "hardware": hardware(torch.device("cpu"))}
     for case in cases:
-        figures = {name: value for name, value in case.items() if isinstance(value, int | float)}
+        figures = {name: value for name, value in case.items() if isinstance(value, int | float) and name != "stored"}
         if shown != [*figures]:
             shown = [*figures]
             console.say(f"{family:<{CASE_WIDTH}}" + "".join(f"{_words(name):>{_width(name)}}" for name in figures))
         row = "".join(f"{_figure(value):>{_width(name)}}" for name, value in figures.items())
         console.say(f"{case['case']:<{CASE_WIDTH}}{row}")
-        if file:
+        if file and not case.get("stored"):
             print(json.dumps({"family": family} | case | machine), file=file, flush=True)
 
 

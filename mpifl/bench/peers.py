@@ -76,7 +76,7 @@ def contest(job: Table, folder: Path, options: argparse.Namespace) -> Iterator[C
     examples = write_workload(session, folder / "workload.npz")
     with ExitStack() as running:
         running.enter_context(closing(session))
-        taking_part = contestants(folder, options)
+        taking_part = contestants(folder, options, alone=session.host.device.type == "cuda")
         for contestant in taking_part:
             running.enter_context(closing(contestant))
             contestant.start()
@@ -94,8 +94,8 @@ def contest(job: Table, folder: Path, options: argparse.Namespace) -> Iterator[C
         }
 
 
-def contestants(folder: Path, options: argparse.Namespace) -> list[Contestant]:
-    """Ours first; each peer as it is fastest on two cores."""
+def contestants(folder: Path, options: argparse.Namespace, alone: bool = False) -> list[Contestant]:
+    """Ours first; each peer as it is fastest on two cores, or alone: on one GPU."""
     made = []
 
     def enter(name: str, *command: object, environments: Sequence[dict[str, str]] = ({},)) -> None:
@@ -105,14 +105,15 @@ def contestants(folder: Path, options: argparse.Namespace) -> list[Contestant]:
     def script(peer: str, python: str, threads: int) -> tuple[object, ...]:
         return python, SCRIPTS / f"{peer}.py", folder / "workload.npz", threads
 
-    launcher = [mpirun(), "-n", 1 + HOSTS] if mpirun() else []
+    several = 1 if alone else HOSTS
+    launcher = [mpirun(), "-n", 1 + HOSTS] if mpirun() and not alone else []
     name = f"mpifl, hosts: {HOSTS}" if launcher else "mpifl, alone"
     enter(name, *launcher, sys.executable, "-m", "mpifl.bench.contestants.ours", folder / "job.toml")
-    for threads in (1, HOSTS):
+    for threads in sorted({1, several}):
         enter(f"torch loop, threads: {threads}", *script("torch_loop", sys.executable, threads))
     if options.fedjax:
         enter("FedJAX", *script("with_fedjax", options.fedjax, HOSTS))
-    for processes in (1, HOSTS) if options.pfl else ():
+    for processes in sorted({1, several}) if options.pfl else ():
         workers = pfl_workers(processes)
         enter(f"pfl-research, processes: {processes}", *script("with_pfl", options.pfl, 1), environments=workers)
     if options.flower:
@@ -147,12 +148,13 @@ def write_workload(session: Session, path: Path) -> int:
         **{name: np.concatenate([client[name].numpy() for client in clients]) for name in ("x", "y")},
         offsets=np.cumsum([0, *sizes]),
         cohorts=np.searchsorted(ids, cohorts),
-        start=session.theta.numpy(),
+        start=session.theta.cpu().numpy(),
         net=job.model["name"],
         hidden=np.asarray(job.model.get("hidden", []), np.int64),
         classes=dataset.features["y"].classes,
         batch=batches.size,
         lr=job.algorithm["client_opt"]["lr"],
+        device=job.run.device,
     )
     return int(dataset.sizes("train")[cohorts].sum())
 

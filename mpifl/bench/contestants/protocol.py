@@ -26,6 +26,7 @@ class Workload:
 
     clients: (x, y) each, (n, ...) float32 or int64. cohorts: clients of each round, by position. start: the initial
     model, (P,) float32, torch's parameters one after the other. net: mlp, emnist_conv, cifar_cnn or char_lstm.
+    device: cpu or cuda.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,6 +37,7 @@ class Workload:
             self.start = file["start"]
             self.net, self.classes, self.hidden = str(file["net"]), int(file["classes"]), file["hidden"].tolist()
             self.batch, self.lr = int(file["batch"]), float(file["lr"])
+            self.device = str(file["device"])
         self.clients = [(x[first:last], y[first:last]) for first, last in pairwise(offsets)]
 
 

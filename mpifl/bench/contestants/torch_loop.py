@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from protocol import TakeTurns, Workload, start
 from torch import Tensor, nn
-from torch_net import as_tensors, make_net, train_client
+from torch_net import as_tensors, make_net, train_client, wait_for
 
 Client = tuple[Tensor, Tensor]
 
@@ -27,12 +27,13 @@ def main(workload: Workload, threads: int, take_turns: TakeTurns) -> None:
     net, clients = make_net(workload), as_tensors(workload)
 
     def train() -> tuple[list[float], np.ndarray]:
-        theta, seconds = torch.from_numpy(workload.start), []
+        theta, seconds = torch.from_numpy(workload.start).to(workload.device), []
         for cohort in workload.cohorts:
             began = time.perf_counter()
             theta = round_of(net, theta, [clients[client] for client in cohort], workload.batch, workload.lr)
+            wait_for(workload.device)
             seconds.append(time.perf_counter() - began)
-        return seconds, theta.numpy()
+        return seconds, theta.cpu().numpy()
 
     take_turns(train, {"torch": torch.__version__})
 

@@ -45,7 +45,10 @@ class Lstm(nn.Module):
 
 def make_net(workload: Workload) -> nn.Module:
     """Return the net, its parameters in the order of `workload.start`."""
-    shape = workload.clients[0][0].shape[1:]
+    return _net(workload, workload.clients[0][0].shape[1:]).to(workload.device)
+
+
+def _net(workload: Workload, shape: tuple[int, ...]) -> nn.Module:
     if workload.net == "char_lstm":
         return Lstm(workload.classes)
     if workload.net != "mlp":
@@ -61,8 +64,15 @@ def mean_loss(scores: Tensor, y: Tensor) -> Tensor:
 
 
 def as_tensors(workload: Workload) -> list[tuple[Tensor, Tensor]]:
-    """Return x and y of each client."""
-    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in workload.clients]
+    """Return x and y of each client, on the workload's device."""
+    on = workload.device
+    return [(torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)) for x, y in workload.clients]
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def train_client(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor, batch: int, lr: float) -> Tensor:

@@ -26,7 +26,7 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from protocol import TakeTurns, Workload, start
 from torch import Tensor, nn
-from torch_net import as_tensors, make_net, mean_loss
+from torch_net import as_tensors, make_net, mean_loss, wait_for
 
 
 class Net(nn.Module):
@@ -57,11 +57,12 @@ class FedAvg(FederatedAveraging):
 class Laps(TrainingProcessCallback):
     """Seconds of each round."""
 
-    def __init__(self) -> None:
-        self.seconds, self.began = [], time.perf_counter()
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds, self.began = device, [], time.perf_counter()
 
     def after_central_iteration(self, *arguments: Any, **keywords: Any) -> tuple[bool, Metrics]:
         """Note a round."""
+        wait_for(self.device)
         began, self.began = self.began, time.perf_counter()
         self.seconds.append(self.began - began)
         return False, Metrics()
@@ -87,11 +88,11 @@ def main(workload: Workload, threads: int, take_turns: TakeTurns) -> None:
     local = NNTrainHyperParams(workload.batch, local_num_epochs=1, local_learning_rate=workload.lr)
 
     def train() -> tuple[list[float], np.ndarray | None]:
-        nn.utils.vector_to_parameters(torch.from_numpy(workload.start.copy()), parameters)
-        laps = Laps()
+        nn.utils.vector_to_parameters(torch.from_numpy(workload.start.copy()).to(workload.device), parameters)
+        laps = Laps(workload.device)
         FedAvg().run(job, backend, learner, local, callbacks=[laps], send_metrics_to_platform=False)
         first = pytorch_ops.distributed.global_rank == 0
-        return laps.seconds, nn.utils.parameters_to_vector(parameters).detach().numpy() if first else None
+        return laps.seconds, nn.utils.parameters_to_vector(parameters).detach().cpu().numpy() if first else None
 
     take_turns(train, {name: version(name) for name in ("pfl", "torch")})
 
