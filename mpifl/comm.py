@@ -1,8 +1,9 @@
 """Between server and hosts: the only module that knows MPI.
 
-Upper-case buffer calls only; nothing is pickled. Ranks *arrive* by a non-blocking call that is polled: with a
-growing sleep when a node has more ranks than cores, where MPI's own busy waiting would steal the cores of the
-ranks that train, and without sleep otherwise. `Alone` has the same methods for one process without MPI.
+Upper-case buffer calls only; nothing is pickled. How a round's messages travel is up to flat.py and node.py. Whoever
+waits for a rank that works polls: with a growing sleep when a node has more ranks than cores, where MPI's own busy
+waiting would steal the cores of the ranks that train, and without sleep otherwise. `Alone` has the same methods for
+one process without MPI.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Alone:
 class World:
     """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once.
 
-    `publish`, `scatter`, `arrive`, `room` and `reduce` go as `using` says: by Flat or Node.
+    What an ask needs (announce, publish, scatter, room, arrive, reduce) goes as `using` says, through Flat or Node; the
+    rest, at a job's ends, through MPI's collectives.
     """
 
     def __init__(self) -> None:
@@ -229,8 +231,7 @@ class World:
 
     def _fall_back(self, lack: NoSpace) -> None:
         self._say(
-            f'ranks exchange as with comm.reduce = "flat", which is slower: {lack}; enlarge it (docker run '
-            f"--shm-size=2g), or set comm.reduce=flat"
+            f"ranks exchange by MPI's own collectives, which are slower: {lack} (comm.reduce=flat exchanges so at once)"
         )
         self._way = self._flat
 

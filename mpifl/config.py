@@ -55,15 +55,13 @@ class Engine:
     """[engine] name: "serial" trains one client after the other; "batched" several in one launch, "graph" as CUDA
     graphs; "auto" is serial on the CPU and on a GPU the last of them in which the work runs.
 
-    clients_at_once: in one launch (0: as memory allows). dtype: what multiplications in training are done in; theta
-    stays float32. compile: a batched step, by torch.compile. check: verify that client works write only to what is
-    theirs.
+    clients_at_once: in one launch (0: as memory allows). dtype: what matrix products in training are computed in;
+    theta stays float32. check: verify that client works write only to what is theirs.
     """
 
     name: Literal["auto", "serial", "batched", "graph"] = "auto"
     clients_at_once: int = 0
     dtype: Literal["float32", "tf32", "bf16"] = "float32"
-    compile: bool = False
     check: bool = False
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ class Sender:
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
-        self._known: dict[bytes, int] = {}
+        self._known: dict[tuple[Layout, Layout], int] = {}
 
     def send(self, command: int, ask: Ask, home: np.ndarray, accepted: int, home_ahead: np.ndarray = NOBODY) -> Ask:
         """Send `ask` of the whole cohort down, id i to rank home[i]; returns rank 0's own part of it.
@@ -64,14 +64,13 @@ class Sender:
         if ask.shared:
             tree["shared"] = ask.shared
         down, given = Layout.of(tree), Layout.of(one_row(ask.given))
-        text = down.to_json() + b"\n" + given.to_json()
-        new = text not in self._known
-        layout = self._known.setdefault(text, len(self._known))
+        text = b"" if (down, given) in self._known else down.to_json() + b"\n" + given.to_json()
+        layout = self._known.setdefault((down, given), len(self._known))
         members, next_members = _by_rank(home, comm.size), _by_rank(home_ahead, comm.size)
         width, ahead = max(1, *map(len, members)), max(map(len, next_members))  # a row has bytes, if nobody is asked
-        sizes = (len(ask.ids), width, ahead, layout, len(text) if new else 0)
+        sizes = (len(ask.ids), width, ahead, layout, len(text))
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
-        if new:
+        if text:
             comm.publish(len(text), lambda room: np.copyto(room, np.frombuffer(text, np.uint8)))
         row = _table_row(given, width, ahead)
         table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)

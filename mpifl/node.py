@@ -23,6 +23,8 @@ from mpifl.flat import LINE, PIECE, Flat, add_to_root, from_line, pieces, zeroed
 SHARED_MEMORY = "/dev/shm"
 BLOCK = 1 << 18
 """Bytes of a sum that stay in a core's cache while all slabs are added to them."""
+ALONE = 8 << 20
+"""Bytes of slabs that a leader adds sooner than the other ranks of its node would wake up to help."""
 _LEAST = 1 << 16
 """Bytes of the smallest window of messages or slabs."""
 _LEADERS_PIECE = 1 << 20
@@ -30,7 +32,7 @@ _LEADERS_PIECE = 1 << 20
 
 
 class NoSpace(Exception):
-    """A node has too little shared memory: raised on all ranks alike, by an exchange that has not begun."""
+    """A node has too little shared memory: raised by all ranks alike, in an exchange that has not begun."""
 
 
 class Window:
@@ -65,6 +67,7 @@ class Node(Flat):
         self._one_node = self._lowest(self._node.size) == world.size
         self._windows: dict[str, Window] = {}
         self._exchanges = self._used = self._slab_bytes = 0
+        self._room = zeroed(0)
         self._counters = self._window("counters", LINE * self._node.size).view(np.int64)[:: LINE // 8]
         self._counters[self._rank] = 0
         self._node.Barrier()
@@ -135,11 +138,13 @@ class Node(Flat):
         if not 0 <= start <= self._room.nbytes - buffer.nbytes:
             raise ValueError("only what lies in the memory that `room` gave last is summed over ranks")
         slabs = self._slabs[:, start : start + buffer.nbytes].view(buffer.dtype)
-        add_share(slabs, self._rank, self._node.size)
+        shares = self._node.size if slabs.nbytes > ALONE else 1
+        if self._rank < shares:
+            add_share(slabs, self._rank, shares)
         self._post()
         if not self._is_leader:
             return  # slabs are written again after rank 0's next header, and rank 0 has waited for all leaders
-        self._await(self._node.size)
+        self._await(shares)
         on_root = self._world.rank == 0
         if on_root and len(slabs):
             np.add(buffer, slabs[0], out=buffer)
@@ -198,9 +203,15 @@ class Node(Flat):
             self._windows.pop(name).free()
         lacking = -self._lowest(free_bytes() - nbytes)
         if lacking > 0:
-            raise NoSpace(f"{SHARED_MEMORY} of a node is {lacking / 1e6:.1f} MB too small")
-        self._windows[name] = Window(self._MPI, self._node, nbytes)
-        return self._windows[name].bytes
+            raise NoSpace(f"{SHARED_MEMORY} of a node is {lacking / 1e6:.1f} MB too small; docker run --shm-size=2g")
+        try:
+            window = Window(self._MPI, self._node, nbytes)
+        except self._MPI.Exception:
+            window = None
+        if not self._lowest(window is not None):
+            raise NoSpace("MPI_Win_allocate_shared fails on a node")
+        self._windows[name] = window
+        return window.bytes
 
     def _lowest(self, value: int) -> int:
         lowest = np.asarray([value], np.int64)

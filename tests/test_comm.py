@@ -16,7 +16,7 @@ from mpifl.engine.host import resident_bytes
 from mpifl.node import Node, add_share
 from mpifl.work import Algorithm, Batching, ClientWork, Upload
 
-WAYS = {"flat": ("flat", 0), "node": ("node", 0)} | {f"nodes of {n}": ("node", n) for n in (2, 3)}
+WAYS = {"flat": ("flat", 0), "node": ("node", 0)} | {f"nodes of {n}": ("node", n) for n in (1, 2, 3)}
 """Name: comm.reduce, and how many ranks a pretended node has."""
 
 
@@ -27,11 +27,12 @@ def world():
     return world
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["flat", "node", "nodes of 1", "nodes of 2"])
 def exchanging(request, world, monkeypatch):
     """The world, exchanging in one of the ways."""
     way, ranks = WAYS[request.param]
     monkeypatch.setenv("MPIFL_NODE_RANKS", str(ranks))
+    monkeypatch.setattr(node, "ALONE", 200_000)  # bytes: smaller sums are a leader's, larger ones everybody's
     with world.using(way):
         yield world
 
@@ -75,7 +76,7 @@ def test_what_goes_down_and_up_and_its_byte_counters(exchanging):
 @pytest.mark.mpi(ranks=5)
 def test_asks_of_growing_and_shrinking_sizes_reach_ranks_that_come_late(exchanging):
     world = exchanging
-    for ask, count in enumerate((10, 60_000, 10, 0, 300_000, 7, 300_001)):
+    for ask, count in enumerate((10, 20_000, 10, 0, 100_000, 7, 100_001)):
         late = world.rank == 1 + ask % 4
         down = filled(world, 8 * count, ask + 1)
         up = world.room(8 * count).view(np.float64)
@@ -165,7 +166,7 @@ def test_waiting_ranks_leave_the_cores_to_the_one_that_works(world, way):
         world.arrive()
         began, used = time.perf_counter(), time.process_time()
         if world.rank == 1:
-            while time.perf_counter() - began < 1.0:
+            while time.perf_counter() - began < 0.5:
                 pass
         world.arrive()
         share = (time.process_time() - used) / (time.perf_counter() - began)
@@ -273,6 +274,17 @@ def test_ranks_of_a_node_have_what_goes_down_once(world, monkeypatch, ranks, nei
 
 
 @pytest.mark.mpi(ranks=5)
+def test_every_ask_has_the_same_memory(world):
+    places = set()
+    with world.using("node"):
+        for _ in range(4):
+            down, up = filled(world, 50_000, 1), world.room(80_000)
+            places.add((down.ctypes.data, up.ctypes.data if world.rank else None))
+            world.arrive()
+    assert len(places) == 1
+
+
+@pytest.mark.mpi(ranks=5)
 def test_auto_exchanges_through_a_nodes_memory_which_is_given_back(world):
     mapped = len(_shared_mappings())
     for _ in range(3):
@@ -293,14 +305,11 @@ def _shared_mappings():
 @pytest.mark.mpi(ranks=3)
 def test_an_exception_leaves_without_waiting_for_the_other_ranks(world):
     """They may be anywhere; the job is going to be aborted."""
-    began = time.perf_counter()
-    if world.rank == 1:
-        time.sleep(1.0)
     with pytest.raises(ZeroDivisionError), world.using("node"):
         began = time.perf_counter()
         time.sleep(0.5 * (world.rank == 2))
         raise ZeroDivisionError
-    assert time.perf_counter() - began < 0.4 or world.rank == 2
+    assert time.perf_counter() - began < 0.3 or world.rank == 2
     world._way.close()
     world._way = world._flat
 
@@ -337,6 +346,25 @@ def test_where_shared_memory_is_too_small_all_go_on_without_and_say_so_once(worl
     assert "/dev/shm of a node is" in said[0] and "--shm-size" in said[0] and "comm.reduce=flat" in said[0]
 
 
+@pytest.mark.mpi(ranks=5)
+def test_where_mpi_has_no_shared_memory_all_go_on_without(world, monkeypatch):
+    monkeypatch.setenv("MPIFL_NODE_RANKS", "2")
+    said, window = [], node.Window
+
+    def make(MPI, of, nbytes):
+        if world.rank in (2, 3) and nbytes > 100_000:
+            raise MPI.Exception
+        return window(MPI, of, nbytes)
+
+    monkeypatch.setattr(node, "Window", make)
+    with world.using("node", said.append):
+        for count in (10, 50_000):
+            total = summed(world, count, 2.0)
+            assert world.rank or (total == 9).all()
+            filled(world, 8, 1)
+    assert len(said) == 1 and "MPI_Win_allocate_shared fails on a node" in said[0]
+
+
 # ---- whole jobs
 
 
@@ -352,7 +380,7 @@ def pretended_nodes(ranks):
     [
         pytest.param("mime", ["flat", "node"], marks=pytest.mark.mpi(ranks=3, timeout=90)),
         pytest.param("scaffold", ["flat", "node", "nodes of 2"], marks=pytest.mark.mpi(ranks=5, timeout=90)),
-        pytest.param("hypcluster", ["flat", "node", "nodes of 3"], marks=pytest.mark.mpi(ranks=9, timeout=90)),
+        pytest.param("hypcluster", ["nodes of 3"], marks=pytest.mark.mpi(ranks=9, timeout=90)),
     ],
 )
 def test_same_bits_in_every_way(algorithm, ways, tmp_path):
