@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -41,6 +41,7 @@ class Session:
     baselines: Baselines | None
     host: Host
     theta: Tensor
+    _samples: dict[int, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
     def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
@@ -101,7 +102,10 @@ class Session:
     def sampled(self, round: int) -> np.ndarray:
         """Clients of a round, ascending, (C,) int64: uniform without replacement, a function of (seed, round)."""
         clients = self.parts.dataset.clients
-        return sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
+        if round not in self._samples:  # drawn when the round before it begins, and looked up when it begins itself
+            self._samples = {r: ids for r, ids in self._samples.items() if r == round - 1}
+            self._samples[round] = sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
+        return self._samples[round]
 
     def cohort(self, round: int, fleet: Fleet) -> Cohort:
         """This round's clients, who can be asked."""

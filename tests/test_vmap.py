@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from quadratics import MODEL, Bench
 from torch import nn
-from torch.func import vmap
 
 from mpifl.algorithms.fedavg import fedavg
 from mpifl.algorithms.hypcluster import hypcluster
@@ -15,6 +14,7 @@ from mpifl.algorithms.scaffold import scaffold
 from mpifl.data.batches import batches
 from mpifl.data.shard import Feature
 from mpifl.engine.serial import checked_visit, visit
+from mpifl.engine.together import together, visit_together
 from mpifl.measure import accuracy, scoring
 from mpifl.model import from_module
 from mpifl.optim import adam, fedadam, momentum, sgd
@@ -95,23 +95,15 @@ def stacked(trees):
     return tree_map(lambda *rows: torch.stack(rows), *trees)
 
 
-def visit_together(work, shared, clients, streams):
-    """An engine in ten lines: the same functions, vmapped over clients; the carry is its own storage, and donated."""
-    together = Client(*(stacked(f) if isinstance(f[0], dict) else torch.stack(f) for f in zip(*clients)))
-    own = lambda leaf: leaf.contiguous()  # noqa: E731 - what no client changed yet comes as a broadcast view
-    carry = tree_map(own, vmap(work.start, (None, 0))(shared, together))
-    for batch in map(stacked, zip(*streams)):
-        carry = tree_map(own, vmap(work.step, (None, 0, 0, 0))(shared, together, carry, batch))
-    return Upload(*vmap(lambda c, k: tuple(work.finish(shared, c, k)))(together, carry))
-
-
 def assert_alike(work, shared, clients, streams):
     serial = [checked_visit(work, shared, client, stream) for client, stream in zip(clients, streams)]
-    together = visit_together(work, shared, clients, streams)
+    block = Client(*(stacked(f) if isinstance(f[0], dict) else torch.stack(f) for f in zip(*clients)))
+    mapped, steps = together(work, torch.device("cpu")), [len(stream) for stream in streams]
+    found = visit_together(mapped, shared, block, map(stacked, zip(*streams)), steps)
     for name in ("update", "memory", "scratch", "stats"):
         expected = stacked([getattr(upload, name) for upload in serial])
-        torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together.weight, torch.stack([upload.weight for upload in serial]))
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.weight, torch.stack([upload.weight for upload in serial]))
     return serial
 
 

@@ -59,7 +59,7 @@ def to_inputs(columns: Columns, features: dict[str, Any]) -> Columns:
 def _scale(value: float | tuple[float, ...], column: Tensor) -> float | Tensor:
     """A number, or one per channel (the first axis of a row) in a shape that broadcasts."""
     if isinstance(value, tuple):
-        return torch.tensor(value, device=column.device).view(-1, *[1] * (column.dim() - 2))
+        return moved(torch.tensor(value), column.device).view(-1, *[1] * (column.dim() - 2))
     return value
 
 

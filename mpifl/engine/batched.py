@@ -1,4 +1,4 @@
-"""K clients per launch: the same works, mapped over clients by torch.func.vmap.
+"""K clients per launch: blocks of clients that are loaded, trained and handed on together.
 
 A block is K clients side by side: every tensor of theirs has a leading axis (K, ...), and all take as many steps as
 the one with the most. Clients are visited longest first, so that those of a block differ little. A client that has
@@ -8,25 +8,22 @@ last client, and batches to their full size by masked rows, so that a client's r
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import Tensor
 
 from mpifl.config import UserError
-from mpifl.data.batches import blank_columns
+from mpifl.data.batches import blank_columns, moved
 from mpifl.data.blocks import side_by_side
-from mpifl.engine.clients import Clients, Visited, on_leaves
+from mpifl.engine.clients import Clients, Visited
 from mpifl.engine.clock import Clock
 from mpifl.engine.graph import Capture, captured, shapes
+from mpifl.engine.together import first_line, loops_refused, together, visit_together
 from mpifl.tree import Tree, leaves, tree_map
 from mpifl.work import Batching, Client, ClientWork, Upload
 
@@ -34,51 +31,10 @@ MOST_AT_ONCE = 256
 """Clients in a block unless a job says otherwise: more no longer make a GPU faster."""
 MOST_ON_A_CPU = 16
 """There a block saves nothing but launches."""
+MOST_CAPTURED = 8
+"""Works and shapes whose buffers are kept: a rank's share of a cohort varies, and K with it."""
 MEMORY_SHARE = 0.4
 """Of a GPU's memory that is free at the start: other ranks and the allocator's gaps want some too."""
-
-
-def together(work: ClientWork, device: torch.device, compile: bool = False) -> ClientWork:
-    """The same work on K clients in one call: clients, carry, batch and upload have leading axes, `shared` has not."""
-
-    def finish_one(shared: Tree, client: Client, carry: Tree) -> tuple:
-        return tuple(work.finish(shared, client, carry))
-
-    start, step, finish = vmap(work.start, (None, 0)), vmap(work.step, (None, 0, 0, 0)), vmap(finish_one, (None, 0, 0))
-    if compile:
-        step = torch.compile(step, dynamic=False)
-
-    def own(leaf: Tensor) -> Tensor:
-        return leaf.contiguous()  # what no client changed yet comes as a broadcast view
-
-    def start_all(shared: Tree, clients: Client) -> Tree:
-        with device:  # works write torch.zeros(()): a number on the CPU mixes with a GPU's tensors, (K,) numbers do not
-            return tree_map(own, start(shared, clients))
-
-    def step_all(shared: Tree, clients: Client, carry: Tree, batch: Tree) -> Tree:
-        return tree_map(own, step(shared, clients, carry, batch))
-
-    def finish_all(shared: Tree, clients: Client, carry: Tree) -> Upload:
-        with device:
-            return on_leaves(own, Upload(*finish(shared, clients, carry)))
-
-    return ClientWork(start_all, step_all, finish_all, work.batches)
-
-
-def visit_together(
-    work: ClientWork, shared: Tree, clients: Client, batches: Iterable[Tree], steps: Sequence[int]
-) -> Upload:
-    """As `serial.visit` for a work of `together`; steps: (K) that each client takes, at least 1, descending."""
-    ending = {count: slice(steps.index(count), steps.index(count) + steps.count(count)) for count in set(steps)}
-    aside = []
-    carry = work.start(shared, clients)
-    for number, batch in enumerate(batches):
-        if number in ending:
-            aside.append((ending[number], tree_map(lambda leaf, of=ending[number]: leaf[of].clone(), carry)))
-        carry = work.step(shared, clients, carry, batch)
-    for lanes, kept in aside:
-        tree_map(lambda leaf, rows, lanes=lanes: leaf[lanes].copy_(rows), carry, kept)
-    return work.finish(shared, clients, carry)
 
 
 @dataclass
@@ -96,8 +52,7 @@ class Batched:
     """Visits clients in blocks of K; they must be given longest first.
 
     at_once: K, or 0: as many as a try-out of the work says that memory allows. capture: a Capture of graph.py, to
-    replay steps instead of calling them, or None. compile: the step by torch.compile. say: called with a line for
-    people.
+    replay steps instead of calling them, or None. say: called with a line for people.
     """
 
     def __init__(
@@ -107,10 +62,9 @@ class Batched:
         say: Callable[[str], None],
         at_once: int = 0,
         capture: Capture | None = None,
-        compile: bool = False,
     ) -> None:
         self.clients, self.clock, self.say, self.at_once, self.capture = clients, clock, say, at_once, capture
-        self.compile, self.device = compile, clients.device
+        self.device = clients.device
         self._mapped: dict[ClientWork, ClientWork] = {}
         self._captured: dict[tuple[Any, ...], ClientWork] = {}
         self._most: dict[ClientWork, int] = {}
@@ -147,7 +101,7 @@ class Batched:
         two = Client(*(tree_map(_twice, part) if isinstance(part, dict) else _twice(part) for part in client))
         before = _most_allocated(self.device, reset=True)
         batches = side_by_side([columns] * 2, features, Batching(size=size), [0, 0], size)
-        with _loops_refused(not slowly):
+        with loops_refused(not slowly):
             visit_together(self._of_many(work), shared, two, batches, [1, 1])
         needed, most = _most_allocated(self.device) - before, MOST_ON_A_CPU
         if needed:
@@ -194,7 +148,8 @@ class Batched:
             largest = _rows_of_batch(batching, clients.source.examples(batching) if batching.size else stored)
             padded = [columns[lane] for lane in lanes.tolist()]
             batches = side_by_side(padded, clients.dataset.features, batching, keys[lanes].tolist(), largest)
-            own = tree_map(lambda leaf: leaf[torch.as_tensor(rows[lanes], device=leaf.device)], given)
+            places = moved(torch.from_numpy(rows[lanes]), self.device)
+            own = tree_map(lambda leaf: leaf[places], given)
             visitors = clients.together(ids[rows[lanes]].tolist(), keys[lanes], used[lanes], own)
         return _Block(chosen, used.tolist(), steps.tolist(), visitors, batches)
 
@@ -211,13 +166,15 @@ class Batched:
     def _of_many(self, work: ClientWork) -> ClientWork:
         """The work as a function of K clients."""
         if work not in self._mapped:
-            self._mapped[work] = together(work, self.device, self.compile)
+            self._mapped[work] = together(work, self.device)
         return self._mapped[work]
 
     def _of_shapes(self, work: ClientWork, shared: Tree, clients: Client, batch: Tree) -> ClientWork:
         """The work captured for trees of these shapes."""
         key = (work, *shapes(shared, clients._asdict(), batch))
         if key not in self._captured:
+            if len(self._captured) == MOST_CAPTURED:
+                del self._captured[next(iter(self._captured))]
             try:
                 self._captured[key] = captured(work, shared, clients, batch, self.capture)
             except RuntimeError as error:
@@ -240,25 +197,8 @@ class Batched:
         return None
 
 
-@contextmanager
-def _loops_refused(refused: bool) -> Iterator[None]:
-    """Raise vmap's warning of an operation that it can only call in a loop, or else be silent, also afterwards."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(refused)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*not yet implemented the batching rule")
-            yield
-    finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
-
-
 def _is_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _rows_of_batch(batching: Batching, examples: np.ndarray) -> int:
@@ -278,13 +218,3 @@ def _most_allocated(device: torch.device, reset: bool = False) -> int:
 
 def _twice(leaf: Tensor) -> Tensor:
     return torch.stack([leaf, leaf])
-
-
-def refusing_module(error: BaseException) -> str:
-    """Say which module was running when `error` was raised, e.g. "Dropout at 'encoder.2'"; "" if none was."""
-    running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-    modules = [one for one in running if isinstance(one, nn.Module)]
-    if not modules:
-        return ""
-    paths = {id(part): path for path, part in modules[0].named_modules()}
-    return f"{type(modules[-1]).__name__} at '{paths.get(id(modules[-1]), '')}'"

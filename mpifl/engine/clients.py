@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifl.data.batches import moved
 from mpifl.data.source import Source
 from mpifl.engine.store import ClientMemory
 from mpifl.rand import as_tensor, fold
@@ -93,7 +94,7 @@ class Clients:
             id=self._tensor(ids),
             key=self._tensor(np.asarray(keys, np.uint64).view(np.int64)),
             n=self._tensor(np.asarray(n, np.float32)),
-            memory=tree_map(lambda leaf: leaf.to(self.device), rows),
+            memory=tree_map(lambda leaf: moved(leaf, self.device), rows),
             visits=self._tensor([self.memory.visits(id) for id in ids]),
             scratch=tree_map(lambda *leaf: torch.stack(leaf), *scratch),
             given=given,
@@ -112,7 +113,7 @@ class Clients:
         self._fresh_scratch.pop(id, None)
 
     def _tensor(self, values: Any) -> Tensor:
-        return torch.as_tensor(values).to(self.device)
+        return moved(torch.as_tensor(values), self.device)
 
 
 def on_leaves(function: Callable[[Tensor], Tensor], upload: Upload) -> Upload:

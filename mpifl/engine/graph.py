@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpifl.engine.clients import on_leaves
 from mpifl.tree import Tree, leaves, tree_map
@@ -37,7 +38,7 @@ def as_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def captured(work: ClientWork, shared: Tree, clients: Client, batch: Tree, capture: Capture) -> ClientWork:
-    """A work of `batched.together` whose functions replay what is captured here, for trees of these shapes.
+    """A work of `together` whose functions replay what is captured here, for trees of these shapes.
 
     Only `start` reads `shared` and clients; carry and upload are overwritten by the next visit. A work whose carry
     does not keep its shape comes back as it is.
@@ -90,8 +91,12 @@ def _copy(tree: Tree) -> Tree:
 
 def _write(tree: Tree, buffers: Tree) -> None:
     """Copy leaves into the buffers that are not already where they are."""
-    places = {buffer.data_ptr() for _, buffer in leaves(buffers)}
+    places = {_storage(buffer) for _, buffer in leaves(buffers)}
     moved = [(b, leaf) for (_, leaf), (_, b) in zip(leaves(tree), leaves(buffers)) if leaf.data_ptr() != b.data_ptr()]
     # A carry that swaps two leaves would have the second read what the first has overwritten.
-    for buffer, leaf in [(b, leaf.clone() if leaf.data_ptr() in places else leaf) for b, leaf in moved]:
+    for buffer, leaf in [(b, leaf.clone() if _storage(leaf) in places else leaf) for b, leaf in moved]:
         buffer.copy_(leaf)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

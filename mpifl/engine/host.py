@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mpifl.config import Engine, UserError, choice
 from mpifl.data.batches import batches, blank_columns
-from mpifl.engine.batched import Batched, first_line, refusing_module
+from mpifl.engine.batched import Batched
 from mpifl.engine.clients import Clients, Visited
 from mpifl.engine.clock import Clock
 from mpifl.engine.graph import as_cuda_graph
 from mpifl.engine.serial import Serial, keep_freed_memory, visit
 from mpifl.engine.store import ClientMemory
+from mpifl.engine.together import first_line, refusing_module
 from mpifl.tree import Layout, Tree, leaves, one_row, tree_map
 from mpifl.uplink.exact import Accumulator, Wire
 from mpifl.work import Client, ClientWork, Upload
@@ -74,11 +75,13 @@ class Host:
         self.works, self.dataset, self.memory, self.seed, self.clock = works, dataset, memory, seed, clock
         self.rank, self.ranks, self.exact = rank, ranks, exact
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.clients = Clients(dataset, memory, seed, self.device, budget)
         self.source = self.clients.source
         self.asked_for, self.say = engine.name, say or self._say
         self.serial = Serial(self.clients, clock, engine.check)
-        self.batched = _batched(self.clients, clock, engine, self.say)
+        self.batched = _batched(self.clients, clock, engine, lambda line: self.say(line))
         keep_freed_memory()
         self._alone: set[ClientWork] = set()
         self._wires: dict[tuple[int, Layout, Layout], Wire] = {}
@@ -201,7 +204,7 @@ def _batched(clients: Clients, clock: Clock, engine: Engine, say: Callable[[str]
     if name == "serial":
         return None
     capture = as_cuda_graph if name == "graph" else None
-    return Batched(clients, clock, say, engine.clients_at_once, capture, engine.compile)
+    return Batched(clients, clock, say, engine.clients_at_once, capture)
 
 
 def resident_bytes() -> int:

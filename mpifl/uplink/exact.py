@@ -244,11 +244,11 @@ class Accumulator:
         return True
 
     def _parts_on(self, device: torch.device) -> list[Tensor]:
-        """The sums of update leaves: of the buffer itself on the CPU, else on the device until `report`."""
-        if device.type == "cpu":
+        """The sums of update leaves: in the buffer itself if it is on the device, else there until `report`."""
+        update, _ = self.wire.parts(self.buffers)
+        if device == update.device:
             return self._parts
         if self._there is None:
-            update, _ = self.wire.parts(self.buffers)
             self._there = torch.zeros_like(update, device=device)
         return list(self._there.split([len(part) for part in self._parts]))
 
@@ -276,7 +276,8 @@ class Accumulator:
         """Fill this rank's row with its peaks and `figures` (names of ROW), and fetch what was summed elsewhere."""
         if self._there is not None:
             update, _ = self.wire.parts(self.buffers)
-            update.add_(self._there.to("cpu"))
+            fetched = torch.empty(update.shape, dtype=update.dtype, pin_memory=self._there.is_cuda)
+            update.add_(fetched.copy_(self._there))
         bad, over = self.bad or (-1, 0), self.over or (-1, 0)
         figures |= {"excluded": self.excluded, "bad_client": bad[0] + 1, "bad_leaf": bad[1]}
         figures |= {"over_client": over[0] + 1, "over_leaf": over[1]}
