@@ -26,13 +26,17 @@ T = TypeVar("T")
 
 _OPEN_MPI_PIECE = 1 << 20
 """Open MPI's Reduce is four times faster in pieces of a megabyte; MPICH's in one call."""
+_NAP = 2e-4
+"""Seconds between polls, at most, per rank and core: the more ranks wait for cores, the more a poll costs others."""
+_SHORTEST_NAP, _NAP_SHARE = 1e-5, 1 / 16
+"""A nap's share of the time waited so far: what is waited for is noticed that much late."""
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Alone:
     """One process: rank 0 of 1. Every collective is a no-op, so the same round runs without MPI."""
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, patient = 0, 1, 0, False
     library = "none"
     bytes_down = bytes_up = 0
 
@@ -81,6 +85,11 @@ class Alone:
         """One process exchanges nothing."""
         yield
 
+    @contextmanager
+    def on_own_cores(self, threads: int) -> Iterator[None]:
+        """One process has all of them."""
+        yield
+
     def abort(self, status: int) -> None:
         """End the process."""
         sys.stdout.flush()
@@ -114,7 +123,13 @@ class World:
         self.library = _library_name(MPI.Get_library_version())
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self._local_size = node.rank, node.size
-        self.patient = node.size > self._cores(node)
+        self._cores = self._cores_of(node)
+        crowding = node.size / len(self._cores)
+        self.patient, self._longest_nap = crowding > 1, _NAP * crowding
+        first = np.asarray([self.rank], dtype=np.int64)
+        node.Allreduce(MPI.IN_PLACE, first, op=MPI.MIN)
+        servers = int(first[0] == 0)
+        self._hosts_here, self._place = node.size - servers, node.rank - servers
         node.Free()
         self._flat = Flat(MPI, self._world, self._wait, _OPEN_MPI_PIECE if "Open MPI" in self.library else PIECE)
         self._way: Flat = self._flat
@@ -139,6 +154,23 @@ class World:
         self._way = self._flat
         if node:
             node.close()
+
+    @contextmanager
+    def on_own_cores(self, threads: int) -> Iterator[None]:
+        """Within the block a host keeps `threads` cores to itself, where all cores are taken by hosts.
+
+        Else, whenever rank 0 looks whether they have come, the system moves one of them onto another's core: a round
+        takes a tenth longer. Ranks that a launcher has bound already stay where they are.
+        """
+        free, first = set(self._cores), self._place * threads
+        if self.rank == 0 or not self.patient or self._hosts_here * threads > len(free) or _affinity() != free:
+            yield
+            return
+        os.sched_setaffinity(0, self._cores[first : first + threads])
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, free)
 
     def announce(self, header: np.ndarray) -> None:
         """Rank 0's small `header` reaches every rank, which may have waited long for it."""
@@ -237,18 +269,18 @@ class World:
 
     def _wait(self, done: Callable[[], bool], meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Poll in Python, not in MPI: signals are handled while waiting, and a sleep gives the core away."""
-        pause = 20e-6
+        began = time.perf_counter()
         while not done():
             if not meanwhile() and self.patient:
-                time.sleep(pause)
-                pause = min(1.5 * pause, 1e-3)
+                waited = time.perf_counter() - began
+                time.sleep(max(_SHORTEST_NAP, min(_NAP_SHARE * waited, self._longest_nap)))
 
-    def _cores(self, node: Any) -> int:
+    def _cores_of(self, node: Any) -> list[int]:
         """Cores that the ranks of this node may run on together, whatever each of them is bound to."""
         mine = np.zeros(4096, dtype=np.uint8)
         mine[[core for core in _affinity() if core < len(mine)]] = 1
         node.Allreduce(self._MPI.IN_PLACE, mine, op=self._MPI.MAX)
-        return int(mine.sum())
+        return np.flatnonzero(mine).tolist()
 
 
 def connect() -> World | Alone:

@@ -7,6 +7,7 @@ up, [update | weight | stats | count | one row per rank], in uplink/exact.py.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,6 +22,9 @@ from mpifl.placement import by_owner, longest_first
 from mpifl.tree import Tree, one_row, tree_map
 from mpifl.uplink.exact import Answer, Wire, decode, fits, next_limits
 from mpifl.work import ClientWork, Sums
+
+EARLY, LONGEST_SLEEP = 0.9, 0.1
+"""Hosts are looked for after this share of the time that they took for as many steps before; seconds."""
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Fleet:
         self.traffic = Traffic(busy=np.zeros(comm.size))
         self.resident_bytes: list[int] = []
         self.meanwhile: Callable[[], bool] = lambda: False
+        self._step_seconds: dict[int, float] = {}
         self._read = (comm.bytes_down, comm.bytes_up)
         self._homes, self._next_homes = (NOBODY, NOBODY), (NOBODY, NOBODY)
         self._sender = Sender(comm)
@@ -196,12 +201,26 @@ class Fleet:
         return np.broadcast_to(work.batches.steps_of(examples[ids if work.batches.of == "client" else 0]), len(ids))
 
     def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
-        buffers = self.host.answer(self._send(ASK, question, home))
-        _reduce(self.comm, self.host, buffers, self.meanwhile)
+        mine, sent = self._send(ASK, question, home), time.perf_counter()
+        steps = np.bincount(home, weights=self._steps(self.works[question.work], question.ids))
+        due = sent + EARLY * steps.max(initial=0.0) * self._step_seconds.get(question.work, 0.0)
+        buffers = self.host.answer(mine)
+        _reduce(self.comm, self.host, buffers, lambda: self._pass_time(due))
         with self.host.clock.during("server"):
             answer = decode(wire, buffers)
         self._time(answer)
+        self._step_seconds[question.work] = float((answer.rows["busy"] / np.maximum(answer.rows["steps"], 1)).max())
         return answer
+
+    def _pass_time(self, due: float) -> bool:
+        """Do other work, or sleep until `due` where each look whether hosts have come would take a core from them."""
+        if self.meanwhile():
+            return True
+        left = due - time.perf_counter()
+        if left < 1e-3 or not self.comm.patient:
+            return False
+        time.sleep(min(left, LONGEST_SLEEP))
+        return True
 
     def _send(self, command: int, question: Ask, home: np.ndarray) -> Ask:
         with self.host.clock.during("send"):

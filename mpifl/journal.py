@@ -18,10 +18,15 @@ Scoring = Iterator[dict[str, Any] | None]
 
 
 class Journal:
-    """Records on their way to metrics.jsonl, the totals and the console."""
+    """Records on their way to metrics.jsonl, the totals and the console.
 
-    def __init__(self, folder: RunFolder, totals: Totals, console: Console, rounds: int, clock: Clock) -> None:
-        self.folder, self.totals, self.console, self.rounds = folder, totals, console, rounds
+    served: others train meanwhile, and `work` is called while rank 0 waits for them: what can wait is left to it.
+    """
+
+    def __init__(
+        self, folder: RunFolder, totals: Totals, console: Console, rounds: int, clock: Clock, served: bool = False
+    ) -> None:
+        self.folder, self.totals, self.console, self.rounds, self.served = folder, totals, console, rounds, served
         self.clock = clock
         self._waiting: deque[dict[str, Any]] = deque()
         self._scored: dict[str, Any] | None = None
@@ -29,15 +34,21 @@ class Journal:
 
     def add(self, record: dict[str, Any]) -> None:
         """Write a record, or keep it behind one that is being scored."""
+        if self.served:
+            self._write()
         self._waiting.append(record)
-        self._write()
+        if not self.served:
+            self._write()
 
     def score(self, record: dict[str, Any], scoring: Scoring) -> None:
         """Begin to score the round of a record that is yet to be added; `finish` the one before."""
         self._scored, self._scoring = record, scoring
 
     def work(self) -> bool:
-        """Score one block; returns False when there is nothing to do."""
+        """Write what can be written, or score one block; returns False when there is nothing to do."""
+        if self._waiting and self._waiting[0] is not self._scored:
+            with self.clock.booked("write"):
+                return self._write()
         if self._scoring is None:
             return False
         round = self.clock.round
@@ -52,8 +63,10 @@ class Journal:
 
     def finish(self) -> int:
         """Score what is left; returns how many blocks that were."""
+        self._write()
         blocks = 0
-        while self.work():
+        while self._scoring is not None:
+            self.work()
             blocks += 1
         return blocks
 
@@ -62,12 +75,14 @@ class Journal:
         self._scored = self._scoring = None
         self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        written = False
         while self._waiting and self._waiting[0] is not self._scored:
-            record = self._waiting.popleft()
+            record, written = self._waiting.popleft(), True
             self.totals.add(record)
             self.folder.round(record)
             self.console.round(record, self.rounds)
+        return written
 
 
 def put_scores(record: dict[str, Any], scores: dict[str, Any]) -> None:

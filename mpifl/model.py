@@ -225,7 +225,7 @@ class ModuleModel(Model):
         self._shapes, self._sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
         self._address, self._training = 0, module.training
         by_hand = loss is cross_entropy and images is None
-        self._linear_maps = perceptron.linear_maps(module) if by_hand else None
+        self._is_perceptron = by_hand and perceptron.is_plain(module)
         self._layers: perceptron.Layers = []
 
     def grad_and_loss(self, theta: Tensor, batch: Tree) -> tuple[Tensor, Tensor]:
@@ -243,9 +243,10 @@ class ModuleModel(Model):
         """As Model's; the gradient is subtracted from the bound parameters, and a perceptron never makes one."""
         if traced() or theta.requires_grad or theta.is_cuda:  # to read lr off a GPU would wait for it
             return super().descend(theta, batch, lr)
+        if self._is_perceptron:
+            x, y, mask = batch[self.inputs], batch["y"], batch.get("mask")
+            return theta, perceptron.descend(self._layers_of(theta), x, y, mask, float(lr))
         self._bind(theta)
-        if self._linear_maps is not None:
-            return theta, perceptron.descend(self._layers, batch[self.inputs], batch["y"], batch.get("mask"), float(lr))
         losses = self.loss(self._call(None, batch), batch)
         shares = _shares(losses, batch)
         found = _pull_back(losses, shares, self._parameters)
@@ -288,9 +289,14 @@ class ModuleModel(Model):
             self._parameters = [self.module.get_parameter(name) for name in self._names]
         for parameter, part, shape in zip(self._parameters, theta.split(self._sizes), self._shapes):
             parameter.data = part.view(shape)
-        if self._linear_maps is not None:
-            self._layers = [(part.weight.detach(), part.bias.detach()) for part in self._linear_maps]
         self._address = theta.data_ptr()
+
+    def _layers_of(self, theta: Tensor) -> perceptron.Layers:
+        """Weights and biases as views into theta, kept for the next step; they keep its storage alive."""
+        if not self._layers or self._layers[0][0].data_ptr() != theta.data_ptr():
+            views = [part.view(shape) for part, shape in zip(theta.split(self._sizes), self._shapes)]
+            self._layers = list(zip(views[::2], views[1::2]))
+        return self._layers
 
     def _call(self, parameters: dict[str, Tensor] | None, batch: Tree) -> Tensor:
         key = batch.get("key")

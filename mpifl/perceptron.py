@@ -10,20 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+threshold_backward = torch.ops.aten.threshold_backward
+
 Layers = list[tuple[Tensor, Tensor]]
 """Weights (out, in) and biases (out,) of linear maps with ReLU between them, views into theta."""
 
 
-def linear_maps(module: nn.Module) -> list[nn.Linear] | None:
-    """Return the linear maps of a Sequential of [Flatten], Linear, ReLU, Linear, ...; None for any other module.
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a Sequential of [Flatten], Linear, ReLU, Linear, ..., and does nothing else.
 
-    Only if that is all the module does: trainable weights and biases, no hooks, nothing shared.
+    Its parameters are then weight and bias of each Linear in turn, all trained; it has no hooks and shares nothing.
     """
     parts = list(module) if type(module) is nn.Sequential else []
     if parts and type(parts[0]) is nn.Flatten and (parts[0].start_dim, parts[0].end_dim) == (1, -1):
         parts = parts[1:]
     maps, between = parts[::2], parts[1::2]
-    plain = (
+    return (
         len(maps) == len(between) + 1
         and all(type(part) is nn.Linear and part.bias is not None for part in maps)
         and all(type(part) is nn.ReLU for part in between)
@@ -32,7 +34,6 @@ def linear_maps(module: nn.Module) -> list[nn.Linear] | None:
         and all(p.requires_grad for p in module.parameters())
         and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
     )
-    return maps if plain else None
 
 
 def descend(layers: Layers, x: Tensor, y: Tensor, mask: Tensor | None, lr: float) -> Tensor:
@@ -43,8 +44,9 @@ def descend(layers: Layers, x: Tensor, y: Tensor, mask: Tensor | None, lr: float
     """
     inputs = [x.flatten(1)]
     for weight, bias in layers[:-1]:
-        inputs.append(F.linear(inputs[-1], weight, bias).relu_())
-    log_likelihood = torch.log_softmax(F.linear(inputs[-1], *layers[-1]), dim=1)
+        inputs.append(torch.addmm(bias, inputs[-1], weight.t()).relu_())
+    weight, bias = layers[-1]
+    log_likelihood = torch.log_softmax(torch.addmm(bias, inputs[-1], weight.t()), dim=1)
     losses = F.nll_loss(log_likelihood, y, reduction="mean" if mask is None else "none")
     error = log_likelihood.exp_().scatter_(1, y.unsqueeze(1), -1.0, reduce="add")
     if mask is None:
@@ -53,9 +55,11 @@ def descend(layers: Layers, x: Tensor, y: Tensor, mask: Tensor | None, lr: float
         rate = lr / max(1, int(mask.sum()))
         loss = losses.masked_fill_(~mask, 0.0).sum() * (rate / lr)
         error.masked_fill_(~mask.unsqueeze(1), 0.0)
+    ones = error.new_ones(len(y))
     for (weight, bias), h in zip(reversed(layers), reversed(inputs)):
-        error_below = None if h is inputs[0] else torch.ops.aten.threshold_backward(error @ weight, h, 0)
-        weight.addmm_(error.t(), h, alpha=-rate)
-        bias.sub_(error.sum(0), alpha=rate)
+        error_below = None if h is inputs[0] else threshold_backward(error @ weight, h, 0)
+        transposed = error.t()
+        weight.addmm_(transposed, h, alpha=-rate)
+        bias.addmv_(transposed, ones, alpha=-rate)
         error = error_below
     return loss

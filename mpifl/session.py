@@ -112,6 +112,12 @@ class Session:
         return Cohort(round, self.sampled(round), *self.population, fleet.ask)
 
     @property
+    def same_bits(self) -> bool:
+        """Whether any number of ranks gives these bits: exact sums on a CPU, of clients one by one or a stated K."""
+        engine, host = self.job.engine, self.host
+        return host.exact and host.device.type == "cpu" and (not host.batched or engine.clients_at_once > 0)
+
+    @property
     def server_scores(self) -> bool:
         """Whether rank 0 scores a round while hosts train the next: with a core of its own, unless the job decides."""
         if self.comm.size == 1 or self.scorer.personal:

@@ -82,6 +82,7 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
         all_or_none(comm, clock, path),
         closing(session),
         comm.using(job.comm.reduce, console.say),
+        comm.on_own_cores(job.run.threads),
         profiled(path / "profile", comm, session) as profile,
     ):
         clock.attach(path / "status" / f"rank-{comm.rank:05d}")
@@ -107,7 +108,7 @@ def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, con
     """Run the rounds; returns the final server state."""
     job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
     state = algorithm.init(session.theta.clone())
-    journal = Journal(folder, totals, console, job.rounds, clock)
+    journal = Journal(folder, totals, console, job.rounds, clock, served=session.comm.size > 1)
     fleet.meanwhile, by_server = journal.work, session.server_scores
     clock.lap()
     lap = time.perf_counter()
@@ -190,7 +191,7 @@ def _finish(
         "metrics": list(parts.metrics),
         "baselines": baselines,
         "ranks": session.comm.size,
-        "same_bits": job.comm.sum == "exact" and session.host.device.type == "cpu",
+        "same_bits": session.same_bits,
         "resident_bytes": resident,
         "dataset": parts.dataset.digest,
         "versions": versions(session.comm.library),

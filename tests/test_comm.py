@@ -430,3 +430,22 @@ def test_what_was_shared_may_be_kept_for_the_next_ask(tmp_path):
     if summary:
         alone = mpifl.run(job("fedavg", tmp_path / "alone") | changes, comm=Alone())
         assert summary["digest"] == alone["digest"]
+
+
+@pytest.mark.mpi(ranks=3, timeout=30)
+def test_hosts_keep_cores_to_themselves_only_where_there_are_just_enough(world, monkeypatch):
+    everywhere = os.sched_getaffinity(0)
+    for cores, threads, own in (([0, 1], 1, True), ([0, 1], 2, False), ([0], 1, False)):
+        bound = []
+        monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores, bound=bound: bound.append(list(cores)))
+        monkeypatch.setattr(world, "_cores", cores)
+        monkeypatch.setattr(world, "patient", True)
+        monkeypatch.setattr("mpifl.comm._affinity", lambda cores=cores: set(cores))
+        with world.on_own_cores(threads):
+            assert bound == ([[world.rank - 1]] if own and world.rank else [])
+        assert bound[1:] == ([cores] if own and world.rank else [])
+    monkeypatch.undo()
+    assert os.sched_getaffinity(0) == everywhere
+    monkeypatch.setattr("mpifl.comm._affinity", lambda: {0})  # bound by a launcher
+    with world.on_own_cores(1):
+        assert os.sched_getaffinity(0) == everywhere

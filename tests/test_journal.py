@@ -121,27 +121,32 @@ def test_the_server_scores_to_the_same_bits(tmp_path, eval_every):
 @pytest.mark.mpi(ranks=3, timeout=60)
 def test_hosts_train_the_next_round_while_the_server_scores(tmp_path, monkeypatch):
     events = []
-    send, work, answer = Fleet._send, Journal.work, Host.answer
+    send, ask_here, answer = Fleet._send, Fleet.ask_here, Host.answer
 
     def noted_send(fleet, *what):
         events.append("asked")
         return send(fleet, *what)
 
-    def noted_work(book):
-        did = work(book)
-        events.extend(["scored"] * did)
-        return did
+    def noted_pieces(fleet, *what):
+        pieces = ask_here(fleet, *what)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                return done.value
+            events.append("scored")
+            yield
 
     def slow_answer(host, *what):
         time.sleep(0.2 * (host.rank > 0))
         return answer(host, *what)
 
     monkeypatch.setattr(Fleet, "_send", noted_send)
-    monkeypatch.setattr(Journal, "work", noted_work)
+    monkeypatch.setattr(Fleet, "ask_here", noted_pieces)
     monkeypatch.setattr(Host, "answer", slow_answer)
     summary = mpifl.run(job(tmp_path / "out", scored_by="server", eval_every=2, eval_batch=512))
     if summary is None:
         return
-    # Three blocks and the scores. The last round is scored by the hosts, asked once more.
-    round_and_scores = ["asked", *["scored"] * 4]
+    # The last round is scored by the hosts, asked once more.
+    round_and_scores = ["asked", *["scored"] * 3]
     assert events == ["asked", "asked", *round_and_scores, "asked", *round_and_scores, "asked"]

@@ -41,7 +41,7 @@ def batch_of(shape, rows=6, mask=None):
 def test_a_step_subtracts_autograds_gradient(case, mask):
     factory, shape = PLAIN[case]
     model, batch, lr = from_module(factory), batch_of(shape, mask=mask), torch.tensor(0.3)
-    assert perceptron.linear_maps(model.module) is not None
+    assert perceptron.is_plain(model.module)
     for seed in range(3):
         theta = model.init(seed)
         gradient, loss = model.grad_and_loss(theta, batch)
@@ -137,7 +137,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_only_plain_perceptrons_are_recognised(case):
-    assert perceptron.linear_maps(OTHERS[case]()) is None
+    assert not perceptron.is_plain(OTHERS[case]())
 
 
 @pytest.mark.parametrize("kind", ["loss", "images"])

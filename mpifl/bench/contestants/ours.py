@@ -55,8 +55,8 @@ def _command(comm: World | Alone, arguments: Sequence[str]) -> None:
     path, model = arguments
     session = agree(comm, lambda: Session.open(load(path), comm, Clock(comm.rank)))
     folder = agree(comm, lambda: RunFolder(session.job) if comm.rank == 0 else None)
-    using = comm.using(session.job.comm.reduce)
-    with all_or_none(comm, session.host.clock, Path(session.job.run.out)), using, closing(session):
+    using, cores = comm.using(session.job.comm.reduce), comm.on_own_cores(session.job.run.threads)
+    with all_or_none(comm, session.host.clock, Path(session.job.run.out)), using, cores, closing(session):
         _say(comm, {"versions": {"mpifl": __version__}})
         while told(comm):
             if folder is None:
