@@ -131,15 +131,16 @@ def expected_data(fleet: PlanFleet, score: ClientWork, rounds: int) -> int:
     """Return expected bytes of clients' and test rows that a host holds after so many rounds like the one planned."""
     host, source, cohort = fleet.host, fleet.host.source, fleet.sizes.ask.clients
     hosts, clients, total = max(1, fleet.comm.size - 1), host.dataset.clients, host.dataset.total
-    everyone = source.bytes_of(total("train"), clients)
-    if not source.stays(host.works[fleet.sizes.ask.work].batches):
+    stays = source.resident(host.works[fleet.sizes.ask.work].batches)
+    everyone = (source.kept_bytes if stays else source.bytes_of)(total("train"), clients)
+    if not stays:
         held = min(source.budget, 2 * everyone * cohort / clients / hosts)  # of this round, and of the next
     elif host.memory.kept or cohort == clients:  # a client always comes to the same host
         held = everyone * (1 - (1 - cohort / clients) ** rounds) / hosts
     else:
         held = everyone * (1 - (1 - cohort / clients / hosts) ** rounds)
-    blocks = source.bytes_of(total(score.batches.split), len(source.examples(score.batches)))
-    return int(held + (blocks / hosts if source.stays(score.batches) else 0))
+    blocks = source.kept_bytes(total(score.batches.split), len(source.examples(score.batches)))
+    return int(held + (blocks / hosts if source.resident(score.batches) else 0))
 
 
 def _one_batch(host: Host, work: ClientWork, shared: Tree) -> None:

@@ -102,7 +102,7 @@ def test_planned_data_is_what_hosts_get_to_hold_as_cohorts_change(tmp_path, algo
     for round in range(rounds):
         fleet.plan(session.parts.algorithm, state, session.cohort(round, fleet), NOBODY)
     source, test = session.host.source, session.scorer.central
-    clients = sum(source.bytes_of(5 * len(ids), len(ids)) for ids in seen.values()) / 4
-    blocks = source.bytes_of(1030, 3) / 4  # 512, 512 and 6 rows
+    clients = sum(source.kept_bytes(5 * len(ids), len(ids)) for ids in seen.values()) / 4
+    blocks = source.kept_bytes(1030, 3) / 4  # 512, 512 and 6 rows
     assert expected_data(fleet, test, rounds) == pytest.approx(clients + blocks, rel=0.1)
     session.close()

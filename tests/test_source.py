@@ -18,7 +18,7 @@ from mpifl.data.batches import batches
 from mpifl.data.format import Feature
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Dataset, embedded
-from mpifl.data.source import OBJECT_BYTES, Source
+from mpifl.data.source import INDEX_BYTES, OBJECT_BYTES, Resident, Source
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet
 from mpifl.rand import fold, sample
@@ -49,7 +49,9 @@ def holding(rows, ids):
 
 
 @pytest.fixture
-def source_of():
+def source_of(monkeypatch):
+    """Makes Sources; an id of a resident split costs as much as a fetched one, so that `holding` says both."""
+    monkeypatch.setattr("mpifl.data.source.INDEX_BYTES", OBJECT_BYTES)
     made = []
 
     def source_of(data, budget=1 << 20):
@@ -100,12 +102,28 @@ def test_a_split_stays_resident_if_all_of_it_fits(source_of, budget, reads):
     assert len(data.reads) == reads
 
 
+def test_what_stays_costs_its_rows_and_an_index_and_nothing_else_for_each_client():
+    features = {"x": Feature("uint8", (3,)), "y": Feature("uint16", ())}
+    split = Resident(np.array([2, 0, 3]), features, torch.device("cpu"))
+    assert split._starts.nbytes + split._there.nbytes == 3 * INDEX_BYTES + 8
+    columns = [{"x": torch.full((n, 3), n, dtype=torch.uint8), "y": torch.arange(n).int()} for n in (2, 0, 3)]
+    for id in (2, 0):
+        assert not split.has(id)
+        split.put(id, columns[id])
+    assert [split.has(id) for id in range(3)] == [True, False, True]
+    for id in (0, 2):
+        assert all(torch.equal(split.rows(id)[name], columns[id][name]) for name in "xy")
+    whole = split.rows(0)["x"]._base
+    assert whole.nbytes == 15 and split.rows(2)["x"]._base is whole
+
+
 def test_splits_share_one_budget(source_of):
     data = small_dataset()
     source = source_of(data, holding(11, 3) + holding(5, 2) - 1)  # the test split has 5 rows in 2 blocks of 3
     central = Batching(size=3, of="block", split="test")
-    found = [source.columns(batching, 0) for batching in (Batching(), central, Batching(), central)]
-    assert found[0] is found[2] and found[1] is not found[3]
+    for batching in (Batching(), central) * 2:
+        source.columns(batching, 0)
+    assert source.resident(Batching()) and not source.resident(central)
 
 
 def test_clients_fetched_ahead_are_read_once_and_by_another_thread(source_of):
@@ -175,7 +193,10 @@ def test_on_another_device_rows_stay_as_stored_and_become_inputs_there(source_of
     data = MemoryDataset([{"x": np.zeros((5, 2, 4), np.uint8), "y": np.zeros(5, np.uint8)}], features=features)
     source = Source(data, 1 << 20, torch.device("meta"))  # it has no numbers: whatever looks at them on the host fails
     columns = source.columns(Batching(), 0)
-    assert source.columns(Batching(), 0) is columns and {c.dtype for c in columns.values()} == {torch.uint8}
+    again = source.columns(Batching(), 0)
+    assert all(again[name]._base is columns[name]._base for name in columns) and {
+        c.dtype for c in columns.values()
+    } == {torch.uint8}
     for shuffle in (True, False):
         for batch in batches(columns, features, Batching(size=2, shuffle=shuffle), 0):
             assert {leaf.device.type for leaf in batch.values()} == {"meta"}
@@ -216,7 +237,8 @@ def job(out, data, **changes):
 @pytest.fixture
 def nothing_stays(monkeypatch):
     """Clients so large that 1 MiB is for a cohort, not for a split."""
-    monkeypatch.setattr("mpifl.data.source.OBJECT_BYTES", 40 << 10)
+    for cost in ("OBJECT_BYTES", "INDEX_BYTES"):
+        monkeypatch.setattr(f"mpifl.data.source.{cost}", 40 << 10)
     return {"cache_mb": 1}
 
 
@@ -270,6 +292,12 @@ def test_a_client_that_cannot_be_read_ahead_ends_all_ranks_with_one_line_in_the_
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def bytes_there(split):
+    """Bytes of the rows that were put into a Resident."""
+    held = [split.rows(id) for id in np.flatnonzero(split._there).tolist()]
+    return sum(column.nbytes for columns in held for column in columns.values())
+
+
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(ranks=n), id=f"{n} ranks") for n in (3, 5)])
 def test_each_host_reads_and_holds_its_share_through_files_opened_once_and_the_server_none(
     ranks, tmp_path, monkeypatch
@@ -283,12 +311,11 @@ def test_each_host_reads_and_holds_its_share_through_files_opened_once_and_the_s
     comm = connect()
     mpifl.run(job(tmp_path, data={"path": "digits"}, cohort=0), comm=comm)
     assert opened.count("index.h5") == 1 and len(opened) == len(set(opened))
-    rows = {key: sum(column.nbytes for column in columns.values()) for key, columns in held[0].items()}
-    mine = sum(size for (of, *_), size in rows.items() if of == "client")
+    mine = sum(bytes_there(split) for (of, *_), split in held[0].items() if of == "client")
     everyone = comm.gather(np.array(reads, np.int64))
     all_rows = comm.gather(np.array([mine], np.int64))
     if comm.rank == 0:
-        assert opened == ["index.h5"] and not rows
+        assert opened == ["index.h5"]
         assert sorted(everyone.view(np.int64).tolist()) == list(range(100))  # over four rounds
         whole = 1437 * (64 + 1)
         shares = all_rows.view(np.int64)

@@ -35,7 +35,7 @@ def as_columns(arrays: dict[str, np.ndarray], device: torch.device) -> Columns:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU's tensor on `device`; to a GPU without waiting for what it still has to do."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

@@ -12,11 +12,48 @@ import torch
 from mpifl.data.batches import Columns, as_columns, blank_columns
 from mpifl.work import Batching
 
+CPU = torch.device("cpu")
 Key = tuple[str, str, int, int]
 """Whose rows, which split, which id, rows of a block."""
 
+Kind = tuple[str, str, int]
+"""Whose rows, which split, rows of a block."""
+
 OBJECT_BYTES = 1 << 10
-"""What holding a column of an id costs beside its rows: measured 1.1 kB, array, tensor and entries of dicts."""
+"""What a fetched column of an id costs beside its rows: measured 1.1 kB, array, tensor and entries of dicts."""
+INDEX_BYTES = 9
+"""What an id of a resident split costs beside its rows: where they start, and whether they are there."""
+
+
+class Resident:
+    """A split that stays: each column one tensor, of which only what was read takes memory on a CPU.
+
+    No objects are kept for each id: they would lie between the large tensors that training frees, and tear the
+    memory that is free into pieces too small for the next ones. rows: of each id, (ids,) int64.
+    """
+
+    def __init__(self, rows: np.ndarray, features: dict[str, Any], device: torch.device) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(rows)])
+        self._there = np.zeros(len(rows), dtype=bool)
+        total, one = int(self._starts[-1]), blank_columns(features, rows=1)
+        self._columns = {
+            name: torch.empty((total, *c.shape[1:]), dtype=c.dtype, device=device) for name, c in one.items()
+        }
+
+    def has(self, id: int) -> bool:
+        """Whether the rows of `id` were put here."""
+        return bool(self._there[id])
+
+    def put(self, id: int, columns: Columns) -> None:
+        """Keep the rows of `id`."""
+        for name, kept in self.rows(id).items():
+            kept.copy_(columns[name])
+        self._there[id] = True
+
+    def rows(self, id: int) -> Columns:
+        """The rows of `id`: views."""
+        start, stop = int(self._starts[id]), int(self._starts[id + 1])
+        return {name: column[start:stop] for name, column in self._columns.items()}
 
 
 class Source:
@@ -29,8 +66,7 @@ class Source:
     def __init__(self, dataset: Any, budget: int, device: torch.device) -> None:
         self.dataset, self.budget, self.device = dataset, budget, device
         self.row_bytes = sum(column.nbytes for column in blank_columns(dataset.features, rows=1).values())
-        self._resident: dict[Key, Columns] = {}
-        self._reserved: dict[tuple[str, str, int], bool] = {}
+        self._resident: dict[Kind, Resident | None] = {}
         self._left = budget
         self._coming: OrderedDict[Key, int] = OrderedDict()
         self._ahead: dict[Key, tuple[Future[dict[str, np.ndarray]], int]] = {}
@@ -49,25 +85,26 @@ class Source:
 
     def columns(self, batching: Batching, id: int) -> Columns:
         """Find resident, await or read the rows behind `id`."""
-        key = _key(batching, id)
-        found = self._resident.get(key)
-        if found is not None:
-            return found
+        key, resident = _key(batching, id), self.resident(batching)
+        id = key[2]
+        if resident and resident.has(id):
+            return resident.rows(id)
         self._coming.pop(key, None)
         fetched = self._take(key)
         if 2 * self._ahead_bytes <= self._left:  # many at a time: waking the thread costs more than a small client
             self._fetch_on()
         arrays = self._read(key) if fetched is None or fetched.cancel() else fetched.result()
-        columns = as_columns(arrays, self.device)
-        if self.stays(batching):
-            self._resident[key] = columns
-        return columns
+        if resident is None:
+            return as_columns(arrays, self.device)
+        resident.put(id, as_columns(arrays, CPU))
+        return resident.rows(id)
 
     def prefetch(self, batching: Batching, ids: np.ndarray) -> None:
         """Read what is behind these ids in this order, as room comes free; what was fetched for others is dropped."""
-        stays, rows = self.stays(batching), self.examples(batching)[ids]
-        sizes = [0 if stays else self.bytes_of(n, 1) for n in rows.tolist()]  # what stays has its place already
-        self._coming = OrderedDict((_key(batching, id), size) for id, size in zip(ids.tolist(), sizes))
+        resident, rows = self.resident(batching), self.examples(batching)[ids]
+        sizes = [0 if resident else self.bytes_of(n, 1) for n in rows.tolist()]  # what stays has its place already
+        coming = [(_key(batching, id), size) for id, size in zip(ids.tolist(), sizes)]
+        self._coming = OrderedDict((key, size) for key, size in coming if not (resident and resident.has(key[2])))
         for key in self._ahead.keys() - self._coming.keys():
             self._take(key).cancel()
         self._fetch_on()
@@ -76,7 +113,7 @@ class Source:
         """Give the thread those to read next that there is room for."""
         while self._coming:
             key, size = next(iter(self._coming.items()))
-            if key not in self._resident and key not in self._ahead:
+            if key not in self._ahead:
                 if self._ahead_bytes + size > self._left:
                     return
                 self._ahead[key] = self._thread.submit(self._read, key), size
@@ -88,17 +125,23 @@ class Source:
         self._ahead_bytes -= size
         return fetched
 
-    def stays(self, batching: Batching) -> bool:
-        """Whether what is read this way stays resident; decided when first asked, which reserves its place."""
+    def resident(self, batching: Batching) -> Resident | None:
+        """Where what is read this way stays, None if it does not; decided when first asked, which takes its place."""
         kind = (batching.of, batching.split, batching.size if batching.of == "block" else 0)
-        if kind not in self._reserved:
-            needed = self.bytes_of(self.dataset.total(batching.split), len(self.examples(batching)))
-            self._reserved[kind] = needed <= self._left
-            self._left -= needed if self._reserved[kind] else 0
-        return self._reserved[kind]
+        if kind not in self._resident:
+            rows = self.examples(batching)
+            needed = self.kept_bytes(int(rows.sum()), len(rows))
+            fits = needed <= self._left
+            self._left -= needed if fits else 0
+            self._resident[kind] = Resident(rows, self.dataset.features, self.device) if fits else None
+        return self._resident[kind]
+
+    def kept_bytes(self, rows: int, ids: int) -> int:
+        """What rows of so many ids take in a split that stays."""
+        return rows * self.row_bytes + ids * INDEX_BYTES
 
     def bytes_of(self, rows: int, ids: int) -> int:
-        """What holding the rows of so many ids takes."""
+        """What holding the fetched rows of so many ids takes."""
         return rows * self.row_bytes + ids * len(self.dataset.features) * OBJECT_BYTES
 
     def close(self) -> None:
