@@ -121,7 +121,7 @@ def round_trip(ranks: int, parameters: int, repeats: int) -> float:
     """Seconds of the flat buffer's way down and up."""
     if ranks == 1:
         return 0.0
-    ms = json.loads(on_ranks(ranks, "mpifl.bench.exchange", str(parameters), str(repeats)))
+    ms = json.loads(on_ranks(ranks, "mpifl.bench.exchange", str(parameters), str(repeats), "auto"))["auto"]
     return 1e-3 * (ms["down"] + ms["up"])
 
 
