@@ -35,7 +35,7 @@ COMMANDS = [
     'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[mpich]" && mpirun -n 9 python -m mpifl.train',
     '. .venv/bin/activate && pip install -e ".[mpich,test]" && python -m pytest',
 ]
-MADE_BY_FOLLOWING_IT = ("runs", "data", "mine.py", "mine.toml", "job.toml", ".venv", ".venv-openmpi")
+MADE_BY_FOLLOWING_IT = ("runs", "profile", "data", "mine.py", "mine.toml", "job.toml", ".venv", ".venv-openmpi")
 
 
 def section(title):
