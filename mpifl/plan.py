@@ -115,7 +115,7 @@ def expected_memory(
     block of scoring on zeros; then a round's buffers, and the data and client memory that a host will keep.
     """
     host, sizes = fleet.host, fleet.sizes
-    hosts = max(1, fleet.comm.size - 1)
+    hosts = fleet.hosts
     buffers = sizes.down + 2 * sizes.wire  # MPI's temporary is as large as what it sums
     server = buffers + 2 * sum(leaf.nbytes for _, leaf in leaves(state))
     idle = resident_bytes()
@@ -130,7 +130,7 @@ def expected_memory(
 def expected_data(fleet: PlanFleet, score: ClientWork, rounds: int) -> int:
     """Return expected bytes of clients' and test rows that a host holds after so many rounds like the one planned."""
     host, source, cohort = fleet.host, fleet.host.source, fleet.sizes.ask.clients
-    hosts, clients, total = max(1, fleet.comm.size - 1), host.dataset.clients, host.dataset.total
+    hosts, clients, total = fleet.hosts, host.dataset.clients, host.dataset.total
     stays = source.resident(host.works[fleet.sizes.ask.work].batches)
     everyone = (source.kept_bytes if stays else source.bytes_of)(total("train"), clients)
     if not stays:

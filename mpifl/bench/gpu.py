@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpifl.bench import datasets, peers
-from mpifl.bench.cases import Case, kept
+from mpifl.bench.cases import Case, count, kept
 from mpifl.bench.rounds import Workload
 from mpifl.bench.training import job, trained
 from mpifl.build import build
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pfl", metavar="PYTHON", help="python of an environment with pfl[pytorch]")
     parser.add_argument("--folder", type=Path, help="make datasets here and keep them for the next time")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(cpu: to try the script out)")
-    parser.add_argument("--rounds", type=int, help="fewer rounds of each job than it has, to try the script out")
+    parser.add_argument("--rounds", type=count, help="fewer rounds of each job than it has, to try the script out")
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

@@ -85,7 +85,7 @@ def on_ranks(ranks: int, module: str, *words: str) -> str:
     """
     launcher = [mpirun(), "-n", str(ranks)] if mpirun() and ranks > 1 else []
     command = [*launcher, sys.executable, "-m", module, *words]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
     return done.stdout
@@ -97,7 +97,7 @@ def mpirun() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's environment without what a launcher told it, as launchers do not nest."""
     launched = ("PMI", "PMIX", "OMPI_COMM", "MPI_", "HYDRA", "PRTE_LAUNCHED")
     own = {name: value for name, value in os.environ.items() if not name.startswith(launched)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from mpifl.bench.training import _environment
+from mpifl.bench.training import environment
 from mpifl.config import UserError
 
 PATIENCE = 10.0
@@ -41,7 +41,7 @@ class Contestant:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
             for own in self.environments:
                 try:
-                    process = subprocess.Popen(self.command, env=_environment() | own, start_new_session=True, **pipes)
+                    process = subprocess.Popen(self.command, env=environment() | own, start_new_session=True, **pipes)
                 except OSError as error:
                     raise UserError(f"{self.name}: '{self.command[0]}' cannot be run: {error.strerror}") from None
                 self.processes.append(process)
