@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpifl.config import UserError
-from mpifl.flat import PIECE, Flat, zeroed
+from mpifl.engine.device import Seat
+from mpifl.flat import PIECE, Flat, pieces, put, zeroed
 from mpifl.node import Node, NoSpace
 
 T = TypeVar("T")
@@ -36,9 +38,15 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "M
 class Alone:
     """One process: rank 0 of 1. Every collective is a no-op, so the same round runs without MPI."""
 
-    rank, size, local_rank, patient = 0, 1, 0, False
+    rank, size, node, slice, patient = 0, 1, 0, 0, False
+    seat = Seat()
     library = "none"
+    beat: Callable[[], None] = staticmethod(lambda: None)
     bytes_down = bytes_up = 0
+
+    def about(self) -> dict[str, str]:
+        """What MPI says of itself: nothing, as it was not started."""
+        return {}
 
     def announce(self, header: np.ndarray) -> None:
         """Rank 0's small header reaches every rank, which may have waited long for it."""
@@ -64,6 +72,19 @@ class Alone:
 
     def reduce(self, buffer: np.ndarray) -> None:
         """Rank 0's buffer becomes the sum over ranks."""
+
+    def sum_everywhere(self, buffer: np.ndarray) -> None:
+        """Every rank's buffer becomes the sum over ranks."""
+
+    def sum_slices(self, vectors: list[np.ndarray]) -> list[np.ndarray]:
+        """Return this rank's slice of the sum over ranks of each vector."""
+        return vectors
+
+    def join(self, slices: np.ndarray, count: int, starts: list[int], nbytes: int) -> np.ndarray:
+        """Return memory with whole vectors from the slices of all ranks."""
+        memory = zeroed(nbytes)
+        put(memory, slices, starts)
+        return memory
 
     def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Wait until every rank is here."""
@@ -100,17 +121,18 @@ class Alone:
 class World:
     """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once.
 
+    node: the lowest rank on this rank's node, by which nodes are told apart. seat: for the choice of a GPU.
+
     What an ask needs (announce, publish, scatter, room, arrive, reduce) goes as `using` says, through Flat or Node; the
     rest, at a job's ends, through MPI's collectives.
     """
 
     def __init__(self) -> None:
         _settings()
-        import mpi4py
-
-        mpi4py.rc.thread_level = "serialized"
-        from mpi4py import MPI
-
+        MPI = _mpi4py()
+        _refuse_pmix(MPI.Get_library_version())
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
         self._MPI, self._world = MPI, MPI.COMM_WORLD
         launched = _launched()
         if self._world.size == 1 and launched > 1:
@@ -122,19 +144,31 @@ class World:
         self.rank, self.size = self._world.rank, self._world.size
         self.library = _library_name(MPI.Get_library_version())
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank, self._local_size = node.rank, node.size
+        self._local_size = node.size
         self._cores = self._cores_of(node)
         crowding = node.size / len(self._cores)
         self.patient, self._longest_nap = crowding > 1, _NAP * crowding
         first = np.asarray([self.rank], dtype=np.int64)
         node.Allreduce(MPI.IN_PLACE, first, op=MPI.MIN)
-        servers = int(first[0] == 0)
+        self.node = int(first[0])
+        servers = int(self.node == 0)
         self._hosts_here, self._place = node.size - servers, node.rank - servers
+        self.seat = self._seat_in(node)
         node.Free()
         self._flat = Flat(MPI, self._world, self._wait, _OPEN_MPI_PIECE if "Open MPI" in self.library else PIECE)
         self._way: Flat = self._flat
         self._say: Callable[[str], None] = print
+        self.beat: Callable[[], None] = lambda: None
+        """Called at every look while this rank waits for others: it is alive."""
+        self._sharded = False
         self.bytes_down = self.bytes_up = 0
+
+    def about(self) -> dict[str, str]:
+        """What MPI says of itself: {"version", "standard", "threads"}."""
+        MPI, levels = self._MPI, ("single", "funneled", "serialized", "multiple")
+        version, standard = MPI.Get_library_version().strip("\0 \n"), ".".join(map(str, MPI.Get_version()))
+        known = [MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE]
+        return {"version": version, "standard": standard, "threads": levels[known.index(MPI.Query_thread())]}
 
     @contextmanager
     def using(self, reduce: str, say: Callable[[str], None] = print) -> Iterator[None]:
@@ -142,16 +176,16 @@ class World:
 
         say: told in one line, on every rank, when a node has too little shared memory.
         """
-        self._say = say
+        self._say, self._sharded = say, reduce == "sharded"
         several = self.lowest(-self._local_size) < -1  # ranks on some node
         node = None
-        if reduce == "node" or (reduce == "auto" and several):
+        if reduce == "node" or (reduce in ("auto", "sharded") and several):
             try:
                 node = self._way = Node(self._MPI, self._world, self._wait)
             except NoSpace as lack:
                 self._fall_back(lack)
         yield
-        self._way = self._flat
+        self._way, self._sharded = self._flat, False
         if node:
             node.close()
 
@@ -208,10 +242,42 @@ class World:
         buffer: the memory that `room` gave, or a part of it, the same on every rank; all but rank 0's is spoilt.
         Raises TypeError for other dtypes: some MPIs sum 16-bit floats as integers without a word.
         """
-        if buffer.dtype not in (np.float64, np.float32):
-            raise TypeError(f"only float64 and float32 are summed over ranks, not {buffer.dtype}")
+        _refuse_to_sum(buffer.dtype)
         self._way.reduce(buffer)
         self.bytes_up += buffer.nbytes
+
+    def sum_everywhere(self, buffer: np.ndarray) -> None:
+        """Every rank's `buffer` (float64 or float32) becomes the sum over ranks, in place; `arrive` first."""
+        _refuse_to_sum(buffer.dtype)
+        for piece in pieces(buffer, PIECE):
+            self._world.Allreduce(self._MPI.IN_PLACE, piece, op=self._MPI.SUM)
+        self.bytes_up += buffer.nbytes
+
+    @property
+    def slice(self) -> int:
+        """Which of the R slices of a vector is this rank's."""
+        return self._way.slice
+
+    def sum_slices(self, vectors: list[np.ndarray]) -> list[np.ndarray]:
+        """Return this rank's slice, (W,), of the sum over ranks of each vector, (P,); `arrive` first.
+
+        vectors: parts of the memory that `room` gave, float64 or float32, the same on every rank. W is P / R, rounded
+        up; the last slices are padded with zeros.
+        """
+        for vector in vectors:
+            _refuse_to_sum(vector.dtype)
+        slices = self._way.sum_slices(vectors)
+        self.bytes_up += sum(part.nbytes for part in slices)
+        return slices
+
+    def join(self, slices: np.ndarray, count: int, starts: list[int], nbytes: int) -> np.ndarray:
+        """Return memory, (nbytes,) uint8, aligned, with whole vectors of `count` numbers made of all ranks' slices.
+
+        slices: (n, W), this rank's. starts: the first byte of each vector. Ranks may share the memory: it is for
+        reading, and only until this rank arrives.
+        """
+        self.bytes_down += slices.nbytes
+        return self._carry(lambda way: way.join(slices, count, starts, nbytes))
 
     def arrive(self, meanwhile: Callable[[], bool] = lambda: False) -> None:
         """Wait until every rank is here, without costing the others a core.
@@ -262,6 +328,8 @@ class World:
             return exchange(self._way)
 
     def _fall_back(self, lack: NoSpace) -> None:
+        if self._sharded:  # slices lie elsewhere in that way
+            raise UserError(f"{lack}; or use comm.reduce=flat") from lack
         self._say(
             f"ranks exchange by MPI's own collectives, which are slower: {lack} (comm.reduce=flat exchanges so at once)"
         )
@@ -271,9 +339,21 @@ class World:
         """Poll in Python, not in MPI: signals are handled while waiting, and a sleep gives the core away."""
         began = time.perf_counter()
         while not done():
+            self.beat()
             if not meanwhile() and self.patient:
                 waited = time.perf_counter() - began
                 time.sleep(max(_SHORTEST_NAP, min(_NAP_SHARE * waited, self._longest_nap)))
+
+    def _seat_in(self, node: Any) -> Seat:
+        """This rank's seat among those of its node that have the same CUDA_VISIBLE_DEVICES."""
+        mine = np.asarray([zlib.crc32(os.environ.get("CUDA_VISIBLE_DEVICES", "").encode())])
+        theirs = np.empty(node.size, mine.dtype)
+        node.Allgather(mine, theirs)
+        company = np.flatnonzero(theirs == mine)
+        server = self.size > 1 and self.node == 0 and company[0] == 0
+        hosts = company[int(server) :]
+        place = -1 if server and self.rank == 0 else int(np.searchsorted(hosts, node.rank))
+        return Seat(place, len(hosts), bool(server))
 
     def _cores_of(self, node: Any) -> list[int]:
         """Cores that the ranks of this node may run on together, whatever each of them is bound to."""
@@ -283,10 +363,39 @@ class World:
         return np.flatnonzero(mine).tolist()
 
 
+def _refuse_to_sum(dtype: np.dtype) -> None:
+    if dtype not in (np.float64, np.float32):
+        raise TypeError(f"only float64 and float32 are summed over ranks, not {dtype}")
+
+
 def connect() -> World | Alone:
     """Return the world if a launcher started this process, else Alone (and MPI is not even imported)."""
     managed = any(name in os.environ for name in (*_SIZES, "PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
     return World() if managed or _launched() > 1 else Alone()
+
+
+def mpi_version() -> str:
+    """What the MPI that mpi4py finds says of itself, without starting it. Raises ImportError or RuntimeError."""
+    return _mpi4py().Get_library_version().strip("\0 \n")
+
+
+def _mpi4py() -> Any:
+    """The module, before MPI is started."""
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # started by World, ended with the process
+    from mpi4py import MPI
+
+    return MPI
+
+
+def _refuse_pmix(version: str) -> None:
+    """Raise UserError where MPICH would die in MPI_Init: it was not built for the launcher that started this rank."""
+    if "PMIX_RANK" in os.environ and version.startswith("MPICH") and "pmix" not in version.lower():
+        raise UserError(
+            f"the launcher speaks PMIx, which mpi4py's MPI ({_library_name(version)}) was not built for; use the "
+            f'mpirun of this environment (python -m pip install -e ".[mpich]" brings one), or srun --mpi=pmi2'
+        )
 
 
 def _library_name(version: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import tomllib
 import types
 import typing
@@ -15,12 +16,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 Table = dict[str, Any]
+MOST = 10**9
+"""What a job counts is at most so many: more is a slip, and the product of two is still an integer of 64 bits."""
+LONGEST_LINE = 1500
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+Duration = str | float
+"""Seconds, or e.g. "90m"."""
 
 
 class UserError(ValueError):
-    """A mistake a user can mend: printed as one line without a traceback, exit status 2 (1 once training began)."""
+    """A mistake a user can mend: printed as one line without a traceback, exit status 2 (1 once training began).
+
+    What it quotes cannot make it more than a line: characters that would are escaped, and the middle of a long one goes.
+    """
 
     in_training = False
+
+    def __init__(self, message: object) -> None:
+        line = _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(message))
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:800]} [...] {line[-400:]}")
+
+
+def is_of_memory(error: BaseException | None) -> bool:
+    """Whether Python, NumPy or torch says that there is not enough memory."""
+    words = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def choice(name: str, allowed: Iterable[str], what: str) -> str:
@@ -65,8 +85,6 @@ class Engine:
     check: bool = False
 
     def __post_init__(self) -> None:
-        if self.clients_at_once < 0:
-            raise UserError(f"engine.clients_at_once is {self.clients_at_once}; it must be at least 0")
         if self.check and self.name in ("batched", "graph"):
             raise UserError(
                 f'engine.check watches clients one by one; with it engine.name is "serial", not "{self.name}"'
@@ -78,37 +96,120 @@ class Comm:
     """[comm] sum: "exact" gives the same bits on any number of ranks; "float32" halves the uplink of huge models.
 
     reduce: how ranks exchange: by MPI's collectives ("flat"), or through memory that a node's ranks share ("node");
-    "auto": the latter where a node has several ranks.
+    "auto": the latter where a node has several ranks. "sharded": every rank is the server of a part of the model.
     """
 
     sum: Literal["exact", "float32"] = "exact"
-    reduce: Literal["auto", "flat", "node"] = "auto"
+    reduce: Literal["auto", "flat", "node", "sharded"] = "auto"
 
 
 @dataclass(frozen=True)
 class Run:
     """[run] out: results folder (default runs/NAME-TIME). threads: torch's, part of the job as they change bits.
 
-    device: "cpu", or "cuda": a GPU per rank. eval_every: rounds between evaluations. eval_rows: about how many
-    rows of the test split they score, the same ones each time (0: all). eval_batch: rows that are scored at once.
-    scored_by: the hosts together, or the server while hosts train on ("auto": where it has a core of its own).
-    metrics: each "accuracy", "package.module:function" or a table of name, options and, where two have one name, `as`;
-    None: accuracy, of tokens where targets are sequences. nonfinite: what a NaN or infinite update does. memory_mb:
-    MiB of client memory per rank before it spills to mapped files. profile: trace every rank, and say at the end where
-    time went.
+    device: "cpu", or "cuda": a GPU per rank. server_gpu: rank 0 shares the GPU with the fewest hosts, or has one to
+    itself ("own"). eval_every: rounds between evaluations. eval_rows: about how many rows of the test split they score,
+    the same ones each time (0: all). eval_batch: rows that are scored at once. scored_by: the hosts together, or the
+    server while hosts train on ("auto": where it has a core of its own). metrics: each "accuracy",
+    "package.module:function" or a table of name, options and, where two have one name, `as`; None: accuracy, of tokens
+    where targets are sequences. memory_mb: MiB of client memory per rank before it spills to mapped files. profile:
+    trace every rank, and say at the end where time went.
+
+    resume: go on with the run that `out` holds, or refuse ("never"). save_every: rounds between checkpoints (0: only
+    when stopped early). keep: so many checkpoints. warm_start: a safetensors file of the plain module to begin with.
+    time_limit: seconds, or "90m", "2h": stop in time, with a checkpoint ("": under Slurm the job's own). requeue: have
+    Slurm start the job again after that ("auto": a batch job with an `out`). stall_timeout: seconds without a sign of
+    life from a rank that end the job (0: none). on_rank_failure: what happens when a rank dies: the job stops, or
+    `python -m mpifl.supervise` starts it again from its last checkpoint. writers: where rounds are written beside
+    metrics.jsonl.
     """
 
     out: str = ""
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    server_gpu: Literal["share", "own"] = "share"
     eval_every: int = 1
     eval_rows: int = 0
     eval_batch: int = 512
     scored_by: Literal["auto", "server", "hosts"] = "auto"
     metrics: tuple[str | Table, ...] | None = None
-    nonfinite: Literal["stop", "exclude"] = "stop"
     memory_mb: int = 4096
     profile: bool = False
+    resume: Literal["auto", "never"] = "auto"
+    save_every: int = 0
+    keep: int = 2
+    warm_start: str = ""
+    time_limit: Duration = ""
+    requeue: Literal["auto", "never"] = "auto"
+    stall_timeout: float = 0.0
+    on_rank_failure: Literal["stop", "restart"] = "stop"
+    writers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of faults.devices. share: how many clients have it, relative to the others. slowdown: factor on
+    seconds_per_example; spread: standard deviation of its logarithm among them. down_mbps, up_mbps: megabits per
+    second (0: no limit).
+    """
+
+    share: float = 1.0
+    slowdown: float = 1.0
+    spread: float = 0.0
+    down_mbps: float = 0.0
+    up_mbps: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key, least, most in (("share", 1e-6, 1e6), ("slowdown", 1e-6, 1e6), ("spread", 0, 5)):
+            _require_between(f"faults.devices.{key}", getattr(self, key), least, most)
+        for key in ("down_mbps", "up_mbps"):
+            _require_between(f"faults.devices.{key}", getattr(self, key), 0, 1e6)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """[faults] What goes wrong with clients: simulated, or tolerated.
+
+    dropout: probability that a client returns nothing. over_selection: so many more clients are asked, as a share of
+    the cohort, of whom the first to report count. deadline: virtual seconds after which a round is closed (0: none).
+    seconds_per_example: virtual ones that training takes with slowdown 1. devices: what clients have ((): all the same,
+    and links without limit). tolerate: so many clients of a round may fail, by an exception or with NaN or infinity,
+    and are left out; one more ends the job.
+    """
+
+    dropout: float = 0.0
+    over_selection: float = 0.0
+    deadline: float = 0.0
+    seconds_per_example: float = 0.0
+    devices: tuple[Device, ...] = ()
+    tolerate: int = 0
+
+    def __post_init__(self) -> None:
+        for key, most in (("dropout", 1), ("over_selection", 100), ("deadline", 1e9), ("seconds_per_example", 1e6)):
+            _require_between(f"faults.{key}", getattr(self, key), 0, most)
+        if self.deadline and not self.seconds_per_example and not any(d.down_mbps or d.up_mbps for d in self.devices):
+            raise UserError(
+                f"faults.deadline is {self.deadline}, but all visits take 0 virtual seconds; set "
+                f"faults.seconds_per_example, or down_mbps and up_mbps of faults.devices"
+            )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether anything is, beside what is tolerated."""
+        return dataclasses.replace(self, tolerate=0) != Faults()
+
+
+def require_count(what: str, value: float, least: int, most: int = MOST) -> None:
+    """Raise UserError unless `value` is from `least` to `most`."""
+    if not value >= least:
+        raise UserError(f"{what} is {value}; it must be at least {least}")
+    if value > most:
+        raise UserError(f"{what} is {value}; it must be at most {most}")
+
+
+def _require_between(key: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{key} is {value}; it must be between {least:g} and {most:g}")
 
 
 @dataclass(frozen=True)
@@ -131,26 +232,35 @@ class Job:
     data: Data = field(default_factory=Data)
     engine: Engine = field(default_factory=Engine)
     comm: Comm = field(default_factory=Comm)
+    faults: Faults = field(default_factory=Faults)
     run: Run = field(default_factory=Run)
     name: str = "job"
     modules: str = ""
 
     def __post_init__(self) -> None:
-        for key, least in (("rounds", 1), ("cohort", 0), ("seeds", 1), ("baseline_epochs", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be at least {least}")
         for key, value, least in (
-            ("run.threads", self.run.threads, 1),
+            ("rounds", self.rounds, 1),
+            ("cohort", self.cohort, 0),
+            ("seeds", self.seeds, 1),
+            ("baseline_epochs", self.baseline_epochs, 1),
+            ("faults.tolerate", self.faults.tolerate, 0),
             ("run.eval_every", self.run.eval_every, 1),
             ("run.eval_rows", self.run.eval_rows, 0),
             ("run.eval_batch", self.run.eval_batch, 1),
             ("data.cache_mb", self.data.cache_mb, 0),
             ("run.memory_mb", self.run.memory_mb, 0),
+            ("run.save_every", self.run.save_every, 0),
+            ("run.keep", self.run.keep, 1),
+            ("run.stall_timeout", self.run.stall_timeout, 0),
         ):
-            if value < least:
-                raise UserError(f"{key} is {value}; it must be at least {least}")
-        if self.run.threads > 1024:
-            raise UserError(f"run.threads is {self.run.threads}; it must be at most 1024")
+            require_count(key, value, least)
+        require_count("run.threads", self.run.threads, 1, most=1024)
+        require_count("engine.clients_at_once", self.engine.clients_at_once, 0, most=1 << 16)
+        if self.faults.over_selection and not self.cohort:
+            raise UserError(
+                f"faults.over_selection is {self.faults.over_selection}, but cohort is 0: all clients are asked "
+                f"already; set a cohort"
+            )
         for section in ("model", "algorithm"):
             if not isinstance(getattr(self, section).get("name"), str):
                 raise UserError(f'[{section}] needs a name, e.g. name = "{_EXAMPLES[section]}"')
@@ -168,14 +278,16 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         table, found = _read(path), {"name": path.stem, "modules": str(path.resolve().parent)}
     for override in overrides:
         _override(table, override)
-    return construct(Job, found | table, "job")
+    job = construct(Job, found | table, "job")
+    _plain(dataclasses.asdict(job))  # tables may hold dates still, and names of files what is no text
+    return job
 
 
 def _plain(table: Mapping[str, Any]) -> Table:
     """A copy of its own, of what a TOML file can hold too."""
     try:
-        return json.loads(json.dumps(table))
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(table, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"a job holds strings, numbers, true or false, lists and tables; {error}") from None
 
 
@@ -186,7 +298,7 @@ def _read(path: Path) -> Table:
         near = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
         hint = f" (there: {', '.join(near)})" if near else ""
         raise UserError(f"no job file {path}{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"job file {path} cannot be read: {error.strerror}") from None
@@ -208,7 +320,7 @@ def _value(text: str) -> Any:
     """Read a TOML value; anything that is not one is a string, so that quotes may be left out."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -233,7 +345,20 @@ def construct(function: Callable[..., Any], table: Mapping[str, Any], what: str,
     return function(**arguments)
 
 
-CONVERTERS: dict[Any, Callable[[Any, str], Any]] = {}
+def seconds_of(duration: Duration, where: str = "duration") -> float:
+    """Read seconds, or a number with s, m, h or d behind it; 0 for "". Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)([smhd]?)", str(duration))
+    if duration != "" and (not found or float(found[1]) <= 0):
+        raise UserError(f'{where} is {duration!r}; it must be seconds above 0, or e.g. "90m", "2h" or "1.5d"')
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+
+
+def _duration(value: Any, where: str) -> Duration:
+    seconds_of(value, where)
+    return value
+
+
+CONVERTERS: dict[Any, Callable[[Any, str], Any]] = {Duration: _duration}
 """Annotation -> (value, where) -> object, for what a table or a number may stand for; filled by build.py."""
 
 
@@ -256,8 +381,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return dict(value)
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return construct(kind, value, where)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    elif kind in (int, float) and isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise UserError(f"{where} is {value}; it must be an integer of 64 bits")
+        return kind(value)
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise UserError(f"{where} is {value!r}; it must be {_spoken(kind)}")
@@ -267,13 +394,37 @@ def _spoken(kind: Any) -> str:
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     words[str | Table] = "a name or a table"
     if typing.get_origin(kind) is tuple:
-        return f"a list, each {words.get(typing.get_args(kind)[0], 'a value')}"
+        return f"a list, each {words.get(typing.get_args(kind)[0], 'a table')}"
     return words.get(kind, "a table")
 
 
 def resolved(job: Job) -> Table:
     """Return the job as a plain table with every default filled in."""
     return json.loads(json.dumps(dataclasses.asdict(job)))
+
+
+HARMLESS = {
+    *("rounds", "seeds", "name", "modules", "baselines", "baseline_epochs"),
+    *("data.path", "data.made_by", "data.cache_mb", "data.stage", "comm.reduce", "engine.check"),
+    "faults.tolerate",
+    *(f"run.{name}" for name in Run.__dataclass_fields__ if name not in ("threads", "warm_start")),
+}
+"""Keys that may change when a run goes on: its rounds give the same bits, on the dataset that its checkpoint names."""
+
+
+def differences(there: Table, now: Table) -> list[tuple[str, Any, Any]]:
+    """Keys, but harmless ones, that resolved jobs differ in, and both values."""
+    old, new = (dict(_flat(table)) for table in (there, now))
+    keys = sorted((old.keys() | new.keys()) - HARMLESS)
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(table: Table, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value
 
 
 def to_toml(table: Table) -> str:

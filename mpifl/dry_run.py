@@ -39,6 +39,12 @@ def introduce(session: Session, console: Console) -> None:
         f"cohort {min(job.cohort or dataset.clients, dataset.clients)} for {job.rounds} rounds; clients are weighted "
         f"{'by their examples' if session.parts.algorithm.weighting == 'examples' else 'uniformly'}; seed {job.seed}"
     )
+    if job.faults.simulated:
+        first = session.turnout(0)
+        console.say(
+            f"faults: of {first.asked} clients asked in round 1, {len(first.ids)} train ({first.dropped} dropped, "
+            f"{first.late} late), in {first.seconds:.1f} virtual seconds"
+        )
     if session.scorer.split == "train":
         console.say("there is no test split: test_loss and scores are of the training examples")
     if job.comm.sum != "exact":

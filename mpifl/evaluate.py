@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mpifl.comm import Alone, World
@@ -21,6 +19,7 @@ from mpifl.console import Console, score_rows
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
+from mpifl.results import read_vector
 from mpifl.scoring import score_central, score_clients
 from mpifl.session import Session
 
@@ -38,7 +37,7 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
         if comm.rank > 0:
             serve(comm, session.host)
             return None
-        fleet = Fleet(comm, session.host, job.run.nonfinite, console.say)
+        fleet = Fleet(comm, session.host, job.faults.tolerate, console.say)
         scored = {}
         for name, theta in vectors.items():
             central = score_central(fleet, session.scorer, theta)
@@ -83,16 +82,7 @@ def _models(folder: Path, session: Session) -> dict[str, Tensor]:
         raise UserError(f"{folder} holds no model (*.safetensors): the run has not finished")
     vectors = {}
     for file in files:
-        try:
-            vectors[file.stem] = session.parts.model.from_state_dict(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
-        except KeyError as error:
-            raise UserError(f"{file} has no parameter {error}; was it made by another job?") from None
-        if len(vectors[file.stem]) != session.parts.model.size:
-            raise UserError(
-                f"{file} has {len(vectors[file.stem])} parameters, the job's model {session.parts.model.size}"
-            )
+        vectors[file.stem] = read_vector(file, session.parts.model)
     return vectors
 
 

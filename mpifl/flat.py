@@ -58,6 +58,21 @@ class Flat:
         for piece in pieces(buffer, self._reduce_piece):
             add_to_root(self._MPI, self._world, piece)
 
+    @property
+    def slice(self) -> int:
+        """As World's."""
+        return self._world.rank
+
+    def sum_slices(self, vectors: list[np.ndarray]) -> list[np.ndarray]:
+        """As World's."""
+        return [sum_of_slices(self._MPI, self._world, vector, width_of(vector, self._world.size)) for vector in vectors]
+
+    def join(self, slices: np.ndarray, count: int, starts: list[int], nbytes: int) -> np.ndarray:
+        """As World's."""
+        memory = zeroed(nbytes)
+        put(memory, joined(self._world, slices).swapaxes(0, 1).reshape(len(slices), -1)[:, :count], starts)
+        return memory
+
     def close(self) -> None:
         """Give back what the exchanges held; all ranks at once."""
 
@@ -68,6 +83,44 @@ def add_to_root(MPI: Any, comm: Any, buffer: np.ndarray) -> None:
         comm.Reduce(MPI.IN_PLACE, buffer, op=MPI.SUM, root=0)
     else:
         comm.Reduce(buffer, None, op=MPI.SUM, root=0)
+
+
+def width_of(vector: np.ndarray, ranks: int) -> int:
+    """W, the numbers in a slice of a vector (P,)."""
+    return -(-len(vector) // ranks)
+
+
+def sum_of_slices(MPI: Any, comm: Any, vector: np.ndarray, width: int) -> np.ndarray:
+    """This rank's slice, (width,), of the sum over a communicator's ranks of a vector, (at most size * width,)."""
+    rows = np.zeros((comm.size, width), vector.dtype)
+    rows.reshape(-1)[: len(vector)] = vector
+    mine = np.empty(width, vector.dtype)
+    step = max(1, PIECE // rows[:, :1].nbytes)
+    for start in range(0, width, step):
+        part = np.ascontiguousarray(rows[:, start : start + step])
+        comm.Reduce_scatter_block(part, mine[start : start + step], op=MPI.SUM)
+    return mine
+
+
+def joined(comm: Any, slices: np.ndarray) -> np.ndarray:
+    """The slices, (n, W), of all ranks of a communicator, (size, n, W)."""
+    whole = np.empty((comm.size, *slices.shape), slices.dtype)
+    flat, mine = whole.reshape(comm.size, -1), np.ascontiguousarray(slices).reshape(-1)
+    step = max(1, PIECE // flat[:, :1].nbytes)
+    if step >= len(mine):
+        comm.Allgather(mine, flat)
+        return whole
+    for start in range(0, len(mine), step):
+        part = np.empty((comm.size, len(mine[start : start + step])), slices.dtype)
+        comm.Allgather(mine[start : start + step], part)
+        flat[:, start : start + step] = part
+    return whole
+
+
+def put(memory: np.ndarray, rows: np.ndarray, starts: list[int]) -> None:
+    """Copy rows, (n, width), into memory, uint8, each to its first byte."""
+    for row, start in zip(rows, starts):
+        memory[start : start + row.nbytes].view(row.dtype)[:] = row
 
 
 def zeroed(nbytes: int) -> np.ndarray:

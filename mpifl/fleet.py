@@ -7,24 +7,44 @@ up, [update | weight | stats | count | one row per rank], in uplink/exact.py.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from mpifl.config import UserError
 from mpifl.engine.host import Ask, Host
-from mpifl.messages import ASK, MEMORY, NOBODY, ROWS, STOP, Header, Receiver, Sender, pack_digests, pack_rows
+from mpifl.messages import (
+    ASK,
+    MEMORY,
+    NOBODY,
+    RAISED,
+    ROUND,
+    ROWS,
+    SAVE,
+    SAVED,
+    STOP,
+    WHOLE,
+    Header,
+    Receiver,
+    Sender,
+    pack_digests,
+    pack_raised,
+    pack_rows,
+)
 from mpifl.placement import by_owner, longest_first
 from mpifl.tree import Tree, one_row, tree_map
 from mpifl.uplink.exact import Answer, Wire, decode, fits, next_limits
-from mpifl.work import ClientWork, Sums
+from mpifl.work import Algorithm, ClientWork, Cohort, Sums
 
 EARLY, LONGEST_SLEEP = 0.9, 0.1
 """Hosts are looked for after this share of the time that they took for as many steps before; seconds."""
+MOST_TOLD = 20
+"""Lines about failing clients: metrics count all."""
 
 
 @dataclass
@@ -50,27 +70,29 @@ class Traffic:
 class Fleet:
     """Rank 0's side: places clients, asks, repeats an ask whose grid did not fit, and reads the sums.
 
-    nonfinite: "stop" raises UserError naming client and round when an update is NaN or infinite; "exclude"
-    leaves that client out, counted in `traffic.excluded`. say: called with one line for people. of_a_round: the
-    algorithm's works, whose steps together are what a client costs. meanwhile: called while hosts are waited for; does
-    a piece of other work, or returns False.
+    tolerate: so many clients of a round may fail, as their visit raised or gave NaN or infinity, and are left out,
+    counted in `traffic.excluded`; one more is a UserError naming client, round and reason. say: called with one line
+    for people. of_a_round: the algorithm's works, whose steps together are what a client costs. meanwhile: called while
+    hosts are waited for; does a piece of other work, or returns False.
     """
 
     def __init__(
         self,
         comm: Any,
         host: Host,
-        nonfinite: Literal["stop", "exclude"] = "stop",
+        tolerate: int = 0,
         say: Callable[[str], None] = print,
         of_a_round: tuple[ClientWork, ...] = (),
     ) -> None:
-        self.comm, self.host, self.nonfinite, self.say = comm, host, nonfinite, say
+        self.comm, self.host, self.tolerate, self.say = comm, host, tolerate, say
         self._first = min(1, comm.size - 1)
         self.works, self.of_a_round = host.works, of_a_round
         self.round, self.accepted = 0, -1
+        self._failed = self._told = 0
         self.limits: dict[str, list[float]] = {}
         self.traffic = Traffic(busy=np.zeros(comm.size))
         self.resident_bytes: list[int] = []
+        self.asked_to_stop = False
         self.meanwhile: Callable[[], bool] = lambda: False
         self._step_seconds: dict[int, float] = {}
         self._read = (comm.bytes_down, comm.bytes_up)
@@ -82,11 +104,27 @@ class Fleet:
         """Ranks that host clients: all but the server, or the only one."""
         return max(1, self.comm.size - 1)
 
+    def keeper(self, ids: np.ndarray) -> np.ndarray:
+        """Rank that keeps the memory of each client, (n,) int64."""
+        return self._first + by_owner(ids, self.hosts)
+
     def begin(self, round: int, upcoming: np.ndarray = NOBODY) -> None:
         """Start a round: clients are placed anew. upcoming: (m,) clients of the next one, which hosts may prefetch."""
-        self.round = round
+        self.round, self._failed = round, 0
         self._homes = self._next_homes
         self._next_homes = (upcoming, self._home(self.of_a_round, upcoming))
+
+    def hold(self, state: Tree) -> Tree:
+        """Return what this rank keeps of a whole state: all of it."""
+        return state
+
+    def fetch(self, state: Tree) -> Tree:
+        """Return the whole state, on rank 0, from what is kept of it."""
+        return state
+
+    def run(self, algorithm: Algorithm, state: Tree, cohort: Cohort) -> Tree:
+        """Run one round of an algorithm on what is kept of the state."""
+        return algorithm.round(state, cohort)
 
     def read_traffic(self) -> Traffic:
         """Return what was counted since the last reading."""
@@ -164,9 +202,9 @@ class Fleet:
         entries = sorted(bytes(entry) for entry in packed.reshape(-1, 40))  # a client's number comes first
         return hashlib.sha256(b"".join(entries)).hexdigest()
 
-    def stop(self) -> None:
-        """Let the hosts go."""
-        Header(STOP, self.round, self.accepted).announce(self.comm)
+    def stop(self, early: bool = False) -> None:
+        """Let the hosts go; early: before the last round."""
+        Header(STOP, self.round, self.accepted, work=int(early)).announce(self.comm)
 
     def _index(self, work: ClientWork) -> int:
         for index, known in enumerate(self.works):
@@ -192,7 +230,7 @@ class Fleet:
     def _home(self, works: tuple[ClientWork, ...], ids: np.ndarray) -> np.ndarray:
         """Rank of each id, (n,) int64, by the steps that these works take."""
         if self.host.memory.kept:
-            return self._first + by_owner(ids, self.hosts)
+            return self.keeper(ids)
         steps = sum(self._steps(work, ids) for work in works if work.batches.of != "block")
         return self._first + longest_first(np.broadcast_to(steps, len(ids)), self.hosts)
 
@@ -201,16 +239,19 @@ class Fleet:
         return np.broadcast_to(work.batches.steps_of(examples[ids if work.batches.of == "client" else 0]), len(ids))
 
     def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
-        mine, sent = self._send(ASK, question, home), time.perf_counter()
-        steps = np.bincount(home, weights=self._steps(self.works[question.work], question.ids))
-        due = sent + EARLY * steps.max(initial=0.0) * self._step_seconds.get(question.work, 0.0)
+        mine, due = self._send(ASK, question, home), self._due(question, home)
         buffers = self.host.answer(mine)
         _reduce(self.comm, self.host, buffers, lambda: self._pass_time(due))
         with self.host.clock.during("server"):
             answer = decode(wire, buffers)
-        self._time(answer)
-        self._step_seconds[question.work] = float((answer.rows["busy"] / np.maximum(answer.rows["steps"], 1)).max())
+        self._time(question, answer)
         return answer
+
+    def _due(self, question: Ask, home: np.ndarray) -> float:
+        """When hosts are looked for."""
+        steps = np.bincount(home, weights=self._steps(self.works[question.work], question.ids))
+        expected = steps.max(initial=0.0) * self._step_seconds.get(question.work, 0.0)
+        return time.perf_counter() + EARLY * expected
 
     def _pass_time(self, due: float) -> bool:
         """Do other work, or sleep until `due` where each look whether hosts have come would take a core from them."""
@@ -234,9 +275,11 @@ class Fleet:
         for name in ("steps", "examples", "excluded"):
             setattr(self.traffic, name, getattr(self.traffic, name) + int(answer.rows[name].sum()))
 
-    def _time(self, answer: Answer) -> None:
+    def _time(self, question: Ask, answer: Answer) -> None:
         rows, traffic = answer.rows, self.traffic
+        self._step_seconds[question.work] = float((rows["busy"] / np.maximum(rows["steps"], 1)).max())
         traffic.busy = traffic.busy + rows["busy"]
+        self.asked_to_stop |= bool(rows["stop"].any())
         self.resident_bytes = rows["resident_bytes"].astype(np.int64).tolist()
         for phase in ("load", "train", "sum"):
             traffic.hosts[phase] = traffic.hosts.get(phase, 0.0) + float(rows[phase].sum())
@@ -252,7 +295,7 @@ class Fleet:
             )
 
     def _refuse_bad(self, work: ClientWork, wire: Wire, answer: Answer, round: int) -> None:
-        """Stop at, or tell of, the first client whose numbers were not finite."""
+        """Stop at, or tell of, the first client whose visit raised, or whose numbers were not finite."""
         bad = answer.first("bad")
         if bad is None:
             return
@@ -261,19 +304,41 @@ class Fleet:
                 f"round {round + 1}: {wire.names[bad[1]]} on split '{work.batches.split}' is NaN or infinite: "
                 f"training has diverged; lower the learning rates or clip gradients (clip_norm)"
             )
-        client = self.host.dataset.client_id("train", bad[0])
-        what = f"round {round + 1}: {wire.names[bad[1]]} of client {client} is NaN or infinite"
-        if self.nonfinite == "stop":
+        failed = int(answer.rows["excluded"].sum())
+        self._failed += failed
+        if self._failed <= self.tolerate and self._told == MOST_TOLD:
+            return
+        client, raised = self.host.dataset.client_id("train", bad[0]), bad[1] == len(wire.names)
+        if raised:
+            what, mend = f"client {client} raised {self._raised()}", "mend that"
+        else:
+            what = f"{wire.names[bad[1]]} of client {client} is NaN or infinite"
+            mend = "lower the client learning rate or clip its gradients (clip_norm)"
+        if self._failed > self.tolerate:
             raise UserError(
-                f"{what}; lower the client learning rate or clip its gradients (clip_norm), or leave such clients "
-                f'out with run.nonfinite="exclude"'
+                f"round {round + 1}: {what}; {mend}, or raise faults.tolerate: it is {self.tolerate}, and "
+                f"{self._failed} of this round's clients failed"
             )
-        others = int(answer.rows["excluded"].sum()) - 1
-        self.say(f"{what}; left out{f', and {others} more' if others else ''}")
+        self._told += 1
+        more = f", and {failed - 1} more" if failed > 1 else ""
+        last = "; from here on such clients are only counted" if self._told == MOST_TOLD else ""
+        self.say(f"round {round + 1}: {what}; left out{more}{last}")
+
+    def _raised(self) -> str:
+        """What the first visit raised that did in the last answer."""
+        Header(RAISED, self.round, self.accepted).announce(self.comm)
+        return self._gather_raised()
+
+    def _gather_raised(self) -> str:
+        gathered = self.comm.gather(pack_raised(self.host.raised))
+        return "" if gathered is None else min(json.loads(line) for line in gathered.tobytes().splitlines())[1]
 
 
-def serve(comm: Any, host: Host) -> None:
-    """Answer rank 0's questions until it says stop."""
+def serve(comm: Any, host: Host, follow: Callable[[Header], None] = lambda header: None) -> bool:
+    """Answer rank 0's questions until it says stop; returns whether that was early.
+
+    follow: does what a run asks of its ranks beside answers: checkpoints, and rounds of a state in parts.
+    """
     receiver = Receiver(comm)
     while True:
         host.clock.enter("wait")
@@ -281,11 +346,15 @@ def serve(comm: Any, host: Host) -> None:
         host.clock.enter("receive")
         host.settle(header.round, header.accepted)
         if header.command == STOP:
-            return
+            return bool(header.work)
         if header.command == MEMORY:
             comm.gather(pack_digests(host.memory.digests()))
         elif header.command == ROWS:
             comm.gather(pack_rows(*host.rows(receiver.receive(header))))
+        elif header.command == RAISED:
+            comm.gather(pack_raised(host.raised))
+        elif header.command in (SAVE, SAVED, ROUND, WHOLE):
+            follow(header)
         else:
             _reduce(comm, host, host.answer(receiver.receive(header)))
 

@@ -12,22 +12,30 @@ from typing import Any
 from mpifl.console import Console
 from mpifl.engine.clock import Clock
 from mpifl.results import RunFolder, Totals
+from mpifl.writers import Writers
 
 Scoring = Iterator[dict[str, Any] | None]
 """Scores a state, a block at each `next`; what comes last is loss and metrics."""
 
 
 class Journal:
-    """Records on their way to metrics.jsonl, the totals and the console.
+    """Records on their way to metrics.jsonl, the job's writers, the totals and the console.
 
     served: others train meanwhile, and `work` is called while rank 0 waits for them: what can wait is left to it.
     """
 
     def __init__(
-        self, folder: RunFolder, totals: Totals, console: Console, rounds: int, clock: Clock, served: bool = False
+        self,
+        folder: RunFolder,
+        totals: Totals,
+        console: Console,
+        rounds: int,
+        clock: Clock,
+        served: bool = False,
+        writers: Writers | None = None,
     ) -> None:
         self.folder, self.totals, self.console, self.rounds, self.served = folder, totals, console, rounds, served
-        self.clock = clock
+        self.clock, self.writers = clock, writers
         self._waiting: deque[dict[str, Any]] = deque()
         self._scored: dict[str, Any] | None = None
         self._scoring: Scoring | None = None
@@ -81,6 +89,8 @@ class Journal:
             record, written = self._waiting.popleft(), True
             self.totals.add(record)
             self.folder.round(record)
+            if self.writers:
+                self.writers.round(record)
             self.console.round(record, self.rounds)
         return written
 

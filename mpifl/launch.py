@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,8 +19,9 @@ from typing import Any, NoReturn, TypeVar
 
 from mpifl import __version__
 from mpifl.comm import Alone, World, connect, launched_rank
-from mpifl.config import UserError
+from mpifl.config import UserError, is_of_memory
 from mpifl.engine.clock import Clock
+from mpifl.stopping import ASKED, STATUS, Stopped, Terminated, may_requeue, requeue
 
 T = TypeVar("T")
 
@@ -32,10 +32,6 @@ class Elsewhere(UserError):
     def __init__(self, rank: int, status: int) -> None:
         super().__init__(f"rank {rank} could not start")
         self.status = status
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,13 +59,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Run a program's body; returns its exit status: 0 done, 1 failed, 2 refused, 130 or 143 interrupted."""
+    """Run a program's body; returns its exit status.
+
+    0 done, 1 failed, 2 refused, 75 stopped early with a checkpoint, 130 or 143 interrupted.
+    """
     comm: World | Alone = Alone()
     try:
         comm = connect()
-        signal.signal(signal.SIGTERM, _terminate)
+        ASKED.listen()
         body(comm, sys.argv[1:] if arguments is None else arguments)
         return 0
+    except Stopped as stopped:
+        if comm.rank == 0 and stopped.requeue and may_requeue():
+            refused = requeue()
+            print(f"mpifl: Slurm cannot start the job again: {refused}" if refused else "requeued", file=sys.stderr)
+        return STATUS
     except Elsewhere as failure:
         return failure.status
     except UserError as error:
@@ -92,10 +96,6 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
         raise
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise Terminated
-
-
 def interruption(stop: KeyboardInterrupt) -> tuple[str, int]:
     """Return the name and exit status of what interrupted the program."""
     return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
@@ -110,7 +110,7 @@ def agree(comm: World | Alone, make: Callable[[], T]) -> T:
     try:
         made = make()
     except (Exception, SystemExit) as raised:
-        error = raised
+        error = _mendable(raised)
     refused = isinstance(error, UserError)
     rank, failed = divmod(comm.lowest(2 * (comm.size if error is None else comm.rank) + (not refused)), 2)
     if rank == comm.rank and error is not None:
@@ -147,9 +147,11 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
             raise type(stop)(_left_in(clock, folder)) from None
         except SystemExit as leave:
             raise RuntimeError(f"sys.exit({leave.code!r}) was called ({clock.where()})") from leave
-        except UserError as error:
-            error.in_training = True
-            raise
+        except Exception as raised:
+            error = _mendable(raised)
+            if isinstance(error, UserError):
+                error.in_training = True
+            raise error  # noqa: B904 - itself, or what stands for it
         return
     report = folder / comm.share(f"failure-{time.strftime('%Y%m%d-%H%M%S')}.txt")
     hook = threading.excepthook
@@ -163,7 +165,7 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
 
 
 def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException | None) -> None:
-    status = 1
+    status, error = 1, _mendable(error)
     if isinstance(error, KeyboardInterrupt):
         name, status = interruption(error)
         text = f"mpifl: {name}{_left_in(clock, report.parent)}"
@@ -178,6 +180,14 @@ def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException |
     else:
         time.sleep(1.5)  # let the rank that reports finish its sentence
     comm.abort(status)
+
+
+def _mendable(error: BaseException | None) -> BaseException | None:
+    """The error, or a UserError in place of one that only says that memory is short."""
+    if not is_of_memory(error):
+        return error
+    told = str(error).strip().partition("\n")[0] or type(error).__name__
+    return UserError(f"not enough memory ({told}); take a smaller model or batches, or fewer ranks on a node")
 
 
 def _left_in(clock: Clock, folder: Path) -> str:

@@ -8,6 +8,7 @@ buffer   [sum limits | shared], flat bytes, each leaf on a 64-byte line
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from mpifl.engine.host import Ask
 from mpifl.tree import Layout, Tree, one_row, tree_map
 
-STOP, ASK, ROWS, MEMORY = 0, 1, 2, 3
+STOP, ASK, ROWS, MEMORY, SAVE, SAVED, ROUND, WHOLE, RAISED = range(9)
 NOBODY = np.empty(0, np.int64)
 
 
@@ -135,6 +136,11 @@ def _own_part(comm: Any, work: int, round: int, attempt: int, clients: int, row:
 def pack_rows(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Bytes of [id | values] as float64, for a gather."""
     return np.concatenate([ids[:, None].astype(np.float64), values], axis=1).reshape(-1).view(np.uint8)
+
+
+def pack_raised(raised: tuple[int, str] | None) -> np.ndarray:
+    """Bytes of (client, what its visit raised) as a line of JSON, of None no bytes, for a gather."""
+    return np.frombuffer((json.dumps(raised) + "\n" if raised else "").encode(), dtype=np.uint8)
 
 
 def pack_digests(digests: list[tuple[int, bytes]]) -> np.ndarray:

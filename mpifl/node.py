@@ -18,7 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from mpifl.flat import LINE, PIECE, Flat, add_to_root, from_line, pieces, zeroed
+from mpifl.flat import (
+    LINE,
+    PIECE,
+    Flat,
+    add_to_root,
+    from_line,
+    joined,
+    pieces,
+    put,
+    sum_of_slices,
+    width_of,
+    zeroed,
+)
 
 SHARED_MEMORY = "/dev/shm"
 BLOCK = 1 << 18
@@ -65,6 +77,8 @@ class Node(Flat):
         self._node.Bcast(with_rank_0, root=0)
         self._first_host = int(with_rank_0[0])
         self._one_node = self._lowest(self._node.size) == world.size
+        even = self._lowest(self._node.size) == -self._lowest(-self._node.size)
+        self._rail = world.Split(self._rank, world.rank) if even else None  # ranks that have this place on their nodes
         self._windows: dict[str, Window] = {}
         self._exchanges = self._used = self._slab_bytes = 0
         self._room = zeroed(0)
@@ -152,6 +166,44 @@ class Node(Flat):
             for piece in pieces(buffer if on_root else slabs[0], _LEADERS_PIECE):
                 add_to_root(self._MPI, self._leaders, piece if on_root else piece.copy())
 
+    @property
+    def slice(self) -> int:
+        """As World's: slices of ranks that have the same place on their nodes lie side by side."""
+        return super().slice if self._rail is None else self._rank * self._rail.size + self._rail.rank
+
+    def sum_slices(self, vectors: list[np.ndarray]) -> list[np.ndarray]:
+        """As World's: a rank adds its part of all slabs of its node, and then of all nodes its slice of that."""
+        if self._rail is None:
+            return super().sum_slices(vectors)
+        slices = [self._sum_slice(vector, width_of(vector, self._world.size)) for vector in vectors]
+        self._post()
+        self._await(self._node.size)  # slabs may be written again
+        return slices
+
+    def join(self, slices: np.ndarray, count: int, starts: list[int], nbytes: int) -> np.ndarray:
+        """As World's; the ranks of a node get the same memory, each brings its part of all slices there."""
+        if self._rail is None:
+            return super().join(slices, count, starts, nbytes)
+        memory = self._space(nbytes)
+        part = joined(self._rail, slices).swapaxes(0, 1).reshape(len(slices), -1)
+        first = self._rank * part.shape[1]
+        put(memory, part[:, : max(0, count - first)], [start + first * part.itemsize for start in starts])
+        self._post()
+        self._await(self._node.size)
+        return memory
+
+    def _sum_slice(self, vector: np.ndarray, width: int) -> np.ndarray:
+        nodes = self._rail.size
+        first = vector.ctypes.data - self._room.ctypes.data
+        start, stop = (min(len(vector), place * nodes * width) for place in (self._rank, self._rank + 1))
+        mine = np.zeros(nodes * width, vector.dtype)
+        slabs = self._slabs[:, first : first + vector.nbytes].view(vector.dtype)[:, start:stop]
+        for begin in range(0, stop - start, BLOCK // vector.itemsize):
+            block = slice(begin, begin + BLOCK // vector.itemsize)
+            for slab in slabs:
+                mine[: stop - start][block] += slab[block]
+        return sum_of_slices(self._MPI, self._rail, mine, width)
+
     def close(self) -> None:
         """As Flat's."""
         self._wait(self._world.Ibarrier().Test)
@@ -159,20 +211,27 @@ class Node(Flat):
             window.free()
         self._windows.clear()
         self._node.Free()
+        if self._rail is not None:
+            self._rail.Free()
         if self._is_leader:
             self._leaders.Free()
 
     def _message(self, nbytes: int, receive: Callable[[np.ndarray], object]) -> np.ndarray:
         """The next bytes of the window, which the leader fills and its node reads, until all arrive."""
+        room = self._space(nbytes)
+        if self._is_leader:
+            receive(room)
+        self._post()
+        self._await(1)
+        return room
+
+    def _space(self, nbytes: int) -> np.ndarray:
+        """The next bytes of the window of messages; in place of what was there, if it has to grow."""
         if self._used + nbytes > len(self._messages):
             self._messages = self._window("messages", _whole_pages((self._used + nbytes) * 5 // 4))
             self._used = 0
         room = self._messages[self._used : self._used + nbytes]
         self._used += -(-nbytes // LINE) * LINE
-        if self._is_leader:
-            receive(room)
-        self._post()
-        self._await(1)
         return room
 
     def _post(self) -> None:

@@ -34,7 +34,7 @@ class Optimizer(NamedTuple):
     init: theta -> state, whose lr is lr(0), in theta's dtype and on its device. step: theta, grad, state ->
     theta. observe: grad, state -> state. apply: theta, grad, state -> theta, state. `observe` clips, but adds
     no weight decay because it does not know theta: its caller adds weight_decay * theta if it is to be seen.
-    plain: whether `apply` is theta - lr grad and nothing else.
+    plain: whether `apply` is theta - lr grad and nothing else. elementwise: whether each coordinate moves by itself.
     """
 
     init: Callable[[Tensor], Tree]
@@ -43,6 +43,7 @@ class Optimizer(NamedTuple):
     apply: Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tree]]
     lr: Schedule
     plain: bool = False
+    elementwise: bool = False
 
 
 class _Rule(NamedTuple):
@@ -98,7 +99,8 @@ def _optimizer(
         return move(theta, grad, state), state
 
     plain = rule == _Rule() and not weight_decay and clip_norm is None
-    return Optimizer(init, step, lambda grad, state: see(clipped(grad), state), apply, schedule, plain)
+    observe = lambda grad, state: see(clipped(grad), state)  # noqa: E731
+    return Optimizer(init, step, observe, apply, schedule, plain, elementwise=clip_norm is None)
 
 
 def _as_schedule(lr: Schedule | float) -> Schedule:

@@ -22,6 +22,7 @@ from mpifl.console import Console
 from mpifl.engine.host import Ask
 from mpifl.fleet import Fleet
 from mpifl.session import Session
+from mpifl.sharded import ShardedFleet
 from mpifl.uplink.exact import Answer, Wire
 from mpifl.work import ClientWork
 
@@ -212,8 +213,8 @@ class Balance:
 class ProfiledFleet(Fleet):
     """A Fleet that keeps count of what each rank did."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self.balance = Balance(self.comm.size)
 
     def _once(self, question: Ask, home: np.ndarray, wire: Wire) -> Answer:
@@ -221,6 +222,10 @@ class ProfiledFleet(Fleet):
         if any(self.works[question.work] is one for one in self.of_a_round):
             self.balance.add(answer.rows)
         return answer
+
+
+class ProfiledShardedFleet(ProfiledFleet, ShardedFleet):
+    """The same of a sharded one."""
 
 
 def report(ranks: list[Times], balance: Balance, folder: Path, console: Console) -> None:

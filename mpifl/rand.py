@@ -42,6 +42,11 @@ def folds(key: int, count: int) -> np.ndarray:
     return _hash_counters(_mix(key & _MASK), np.arange(count, dtype=np.uint64))
 
 
+def uniforms(key: int, words: np.ndarray) -> np.ndarray:
+    """Return numbers uniform in [0, 1), (n,) float64: the i-th is a function of the key and of words[i] alone."""
+    return (_hash_counters(_mix(key & _MASK), words.astype(np.uint64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def as_tensor(key: int) -> Tensor:
     """Return a 64-bit key as the () int64 tensor that ClientWorks see."""
     return torch.tensor(key - (1 << 64) if key >> 63 else key, dtype=torch.int64)

@@ -7,64 +7,156 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mpifl.config import Job, UserError, resolved, to_toml
+from mpifl.comm import Alone, World
+from mpifl.config import Job, UserError, differences, load, resolved, to_toml
+from mpifl.lock import locked
+from mpifl.model import Model
+from mpifl.watchdog import end_job
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+
+_SUMMED = (
+    *("examples", "steps", "bytes_down", "bytes_up", "repeated_asks"),
+    *("excluded", "dropped", "late", "virtual_seconds"),
+)
+"""What the summary has the totals of."""
 
 
-def refuse_taken(path: Path) -> None:
-    """Raise UserError when there is something at `path` already."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def refuse_taken(path: Path, known: tuple[str, ...] = ()) -> None:
+    """Raise UserError when there is something at `path` already, beside what has one of the `known` names."""
+    known = ("lock", "status", *known)  # what a start leaves that ended before it began
+    if path.exists() and not (path.is_dir() and all(any(p.match(name) for name in known) for p in path.iterdir())):
         raise UserError(f"run.out is '{path}', which already exists; remove it or choose another run.out")
 
 
 class RunFolder:
-    """A new folder for one run. Raises UserError when `out` already holds something: nothing is overwritten."""
+    """The folder of one run, found new or as an earlier start of the same job left it; `begin` writes to it first.
+
+    summary: of a run that is finished, else None. Raises UserError when `out` holds anything else, a run of another
+    job for one: nothing is overwritten.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.path = Path(job.run.out) if job.run.out else default_folder(job)
-        try:
+        self.job, self.path = job, Path(job.run.out) if job.run.out else default_folder(job)
+        self.summary: dict[str, Any] | None = None
+        self.old = job.run.resume == "auto" and (self.path / CONFIG).is_file()
+        if self.old:
+            self._refuse_another_job()
+            self._look_at_summary()
+        else:
             refuse_taken(self.path)
-            (self.path / "status").mkdir(parents=True)
+
+    @contextmanager
+    def locked(self, comm: World | Alone, say: Callable[[str], None]) -> Iterator[None]:
+        """Make the folder, and keep other jobs out of it within the block. say: told in a line if that takes long."""
+        try:
+            (self.path / "status").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.out is '{self.path}', which cannot be written: {error.strerror}") from None
-        table = resolved(job)
-        if Path(job.data.path).is_dir():  # so that the run can be scored from anywhere
-            table["data"]["path"] = str(Path(job.data.path).resolve())
-        (self.path / "config.toml").write_text(to_toml(table), encoding="utf-8")
+        with locked(self.path, lambda line: end_job(comm, self.path, line, line), say):
+            if not self.old and (self.path / CONFIG).exists():
+                raise UserError(f"run.out is '{self.path}', which another job has just used; {_OTHER}")
+            yield
+
+    def begin(self, rounds: int) -> list[dict[str, Any]]:
+        """Write the job, and forget what came after so many rounds; returns the records of those."""
+        table = resolved(self.job)
+        if Path(self.job.data.path).is_dir():  # so that the run can be scored from anywhere
+            table["data"]["path"] = str(Path(self.job.data.path).resolve())
+        write_text(self.path / CONFIG, to_toml(table))
+        (self.path / SUMMARY).unlink(missing_ok=True)  # rounds were added to a run that was finished
+        records = [record for record in _records(self.path / METRICS) if record["round"] <= rounds]
+        if self.old:
+            write_text(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+        return records
 
     def round(self, record: dict[str, Any]) -> None:
         """Append one round's record; each line is complete on disk as far as the system writes it."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def make_rounds_durable(self) -> None:
+        """Wait until the records are on disk."""
+        if (self.path / METRICS).exists():
+            with (self.path / METRICS).open("a") as file:
+                os.fsync(file.fileno())
 
     def model(self, name: str, state_dict: dict[str, Tensor]) -> None:
         """Write NAME.safetensors under the module's own names."""
         _replace(self.path / f"{name}.safetensors", lambda path: save_file(state_dict, path))
 
-    def summary(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json; its presence says that the run is complete."""
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / SUMMARY, summary)
+
+    def _refuse_another_job(self) -> None:
+        try:
+            there = resolved(load(self.path / CONFIG))
+        except UserError as error:
+            raise UserError(f"run.out is '{self.path}', whose {CONFIG} cannot be read ({error}); {_OTHER}") from None
+        differing = differences(there, resolved(self.job))
+        if differing:
+            what = ", ".join(f"{key} is {then!r} there, now {now!r}" for key, then, now in differing)
+            raise UserError(f"run.out is '{self.path}', which holds a run of another job: {what}; {_OTHER}")
+
+    def _look_at_summary(self) -> None:
+        try:
+            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+            rounds = int(summary["rounds"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path / SUMMARY} cannot be read ({error}); {_OTHER}") from None
+        if rounds > self.job.rounds:
+            raise UserError(f"rounds is {self.job.rounds}, but the run in '{self.path}' has done {rounds}; {_OTHER}")
+        self.summary = summary if rounds == self.job.rounds else None
+
+
+_OTHER = "choose another run.out"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Rounds on record, in order, up to where a killed run may have left half a line."""
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or record.get("round") != len(records) + 1:
+                break
+            records.append(record)
+    return records
 
 
 class Totals:
-    """Adds up the records of all rounds."""
+    """Adds up the records of all rounds, of those on record first."""
 
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(("examples", "steps", "bytes_down", "bytes_up", "excluded", "repeated_asks"), 0)
+    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
+        self.rounds = 0
+        self.sums = dict.fromkeys(_SUMMED, 0)
         self.phases: dict[str, float] = {}
         self.imbalances: list[float] = []
         self.scores: dict[str, Any] = {}
         self.loss: float | None = None
+        for record in records:
+            self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
         """Add one round's record."""
+        self.rounds += 1
         for name in self.sums:
             self.sums[name] += record[name]
         for phase, seconds in record["seconds"].items():
@@ -100,8 +192,25 @@ def default_folder(job: Job) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that the file is there whole or not at all."""
     _replace(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def read_vector(file: Path, model: Model) -> Tensor:
+    """Read a safetensors file of the plain module as a model's vector, (P,). Raises UserError for another one."""
+    try:
+        vector = model.from_state_dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{file} has no parameter {error}; was it made by another job?") from None
+    if len(vector) != model.size:
+        raise UserError(f"{file} has {len(vector)} parameters, the job's model {model.size}")
+    return vector
 
 
 def _replace(path: Path, write: Any) -> None:

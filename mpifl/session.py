@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,14 +19,20 @@ from mpifl.build import Parts, build, solo_training
 from mpifl.comm import Alone, World
 from mpifl.config import Job, UserError, resolved
 from mpifl.engine.clock import Clock
+from mpifl.engine.device import gpu_of
 from mpifl.engine.host import Host
 from mpifl.engine.store import ClientMemory
+from mpifl.faults import Turnout, Visit, asked, durations, turnout
 from mpifl.fleet import Fleet
+from mpifl.messages import NOBODY
 from mpifl.model import Model, train_in
 from mpifl.rand import fold, sample
+from mpifl.results import read_vector
 from mpifl.scoring import Scorer
-from mpifl.tree import digest
-from mpifl.work import Cohort
+from mpifl.sharded import refuse_unless_elementwise
+from mpifl.tree import Tree, digest, leaves, one_row, tree_map
+from mpifl.uplink.exact import decode
+from mpifl.work import ClientWork, Cohort, Sums
 
 _AT_ONCE = 1 << 18
 """Clients looked at together: the arrays made on the way are small beside the sizes of ten million."""
@@ -41,13 +49,13 @@ class Session:
     baselines: Baselines | None
     host: Host
     theta: Tensor
-    _samples: dict[int, np.ndarray] = field(default_factory=dict)
+    _turnouts: dict[int, Turnout] = field(default_factory=dict)
 
     @staticmethod
     def open(job: Job, comm: World | Alone, clock: Clock) -> Session:
         """Build the job's parts and this rank's host."""
         torch.set_num_threads(job.run.threads)
-        device, parts = _device(job, comm), build(job)
+        (device, shared), parts = _device(job, comm), build(job)
         _compute_in(job.engine.dtype, parts.model)
         what = (parts.algorithm, parts.model, parts.metrics, parts.dataset)
         scorer = Scorer.of(*what, job.run.eval_rows, job.seed, job.run.eval_batch)
@@ -56,7 +64,8 @@ class Session:
             batches, opt = solo_training(job)
             baselines = Baselines.of(parts.model, batches, opt, job.baseline_epochs, parts.metrics, scorer)
         works = (*parts.algorithm.works, *scorer.works, *(baselines.works if baselines else ()))
-        theta = parts.model.init(fold(job.seed, "init"))
+        warm = job.run.warm_start
+        theta = read_vector(Path(warm), parts.model) if warm else parts.model.init(fold(job.seed, "init"))
         host = Host(
             works,
             parts.dataset,
@@ -69,8 +78,14 @@ class Session:
             job.data.cache_mb << 20,
             exact=job.comm.sum == "exact",
             engine=job.engine,
+            tolerant=job.faults.tolerate > 0,
         )
+        if shared and (comm.rank == 0 or (comm.rank == 1 and not comm.seat.server)):  # one rank speaks for all
+            host.say(shared)
         session = Session(job, comm, parts, scorer, baselines, host, theta)
+        if job.comm.reduce == "sharded":
+            state, size = parts.algorithm.init(theta.clone()), parts.model.size
+            refuse_unless_elementwise(job.algorithm["name"], parts.algorithm, state, size, comm.size)
         if not session.population[0]:
             raise UserError(
                 f"none of the dataset's {parts.dataset.clients} clients has a batch; lower the batches' size or set "
@@ -90,22 +105,63 @@ class Session:
     def population(self) -> tuple[int, float]:
         """Clients that can train at all, and the sum of their weights: constants of the dataset."""
         algorithm, sizes = self.parts.algorithm, self.parts.dataset.sizes("train")
-        asked = [work.batches for work in algorithm.works if work.batches.of == "client"]
         clients = examples = 0
         for start in range(0, len(sizes), _AT_ONCE):
             part = sizes[start : start + _AT_ONCE]
-            able = part[np.logical_and.reduce([batching.steps_of(part) > 0 for batching in asked])]
+            able = part[self._able(part)]
             clients += len(able)
             examples += int(algorithm.works[-1].batches.examples_used(able).sum())
         return clients, float(examples if algorithm.weighting == "examples" else clients)
 
+    def _able(self, examples: np.ndarray) -> np.ndarray:
+        """Which clients, with so many examples, have a batch for each of the algorithm's works, (n,) bool."""
+        works = [work for work in self.parts.algorithm.works if work.batches.of == "client"]
+        return np.logical_and.reduce([work.batches.steps_of(examples) > 0 for work in works])
+
     def sampled(self, round: int) -> np.ndarray:
-        """Clients of a round, ascending, (C,) int64: uniform without replacement, a function of (seed, round)."""
-        clients = self.parts.dataset.clients
-        if round not in self._samples:  # drawn when the round before it begins, and looked up when it begins itself
-            self._samples = {r: ids for r, ids in self._samples.items() if r == round - 1}
-            self._samples[round] = sample(fold(self.job.seed, "cohort", round), clients, self.job.cohort or clients)
-        return self._samples[round]
+        """Clients that train in a round, ascending, (C,) int64: uniform without replacement, by (seed, round).
+
+        Those that would drop out, or report too late to count, are not among them.
+        """
+        return self.turnout(round).ids
+
+    def turnout(self, round: int) -> Turnout:
+        """What becomes of a round's clients: a function of the job and the round."""
+        if round not in self._turnouts:  # drawn when the round before it begins, and looked up when it begins itself
+            self._turnouts = {r: found for r, found in self._turnouts.items() if r == round - 1}
+            self._turnouts[round] = self._turnout(round)
+        return self._turnouts[round]
+
+    def _turnout(self, round: int) -> Turnout:
+        job, clients = self.job, self.parts.dataset.clients
+        cohort = job.cohort or clients
+        ids = sample(fold(job.seed, "cohort", round), clients, asked(cohort, job.faults.over_selection))
+        if not job.faults.simulated:
+            return Turnout(len(ids), ids)
+        examples = self.parts.dataset.sizes("train")[ids]
+        seconds = durations(job.faults, job.seed, self.visits, ids, examples)
+        return turnout(job.faults, job.seed, round, cohort, ids, self._able(examples), seconds)
+
+    @cached_property
+    def visits(self) -> tuple[Visit, ...]:
+        """What a round asks of each client, by rehearsing one in which nobody is asked and all sums are zeros."""
+        algorithm, found = self.parts.algorithm, []
+
+        def ask(work: ClientWork, ids: np.ndarray, given: Tree | None, shared: Tree) -> Sums:
+            given, shared = one_row(tree_map(torch.as_tensor, given or {})), tree_map(torch.as_tensor, shared)
+            wire = self.host.wire([known is work for known in self.host.works].index(True), shared, given)
+            down = sum(leaf.nbytes for tree in (given, shared) for _, leaf in leaves(tree))
+            found.append(Visit(work.batches, down, sum(leaf.bytes for leaf in wire.update.leaves)))
+            return replace(decode(wire, wire.buffers()).sums, weight=1.0, count=1)
+
+        algorithm.round(algorithm.init(self.theta.clone()), Cohort(0, NOBODY, *self.population, ask))
+        return tuple(found)
+
+    def begin(self, round: int, fleet: Fleet) -> Cohort:
+        """Begin a round with this round's clients, while the next one's may be fetched."""
+        last = round + 1 == self.job.rounds
+        fleet.begin(round, NOBODY if last else self.sampled(round + 1))
+        return self.cohort(round, fleet)
 
     def cohort(self, round: int, fleet: Fleet) -> Cohort:
         """This round's clients, who can be asked."""
@@ -130,18 +186,19 @@ class Session:
         self.parts.dataset.close()
 
 
-def _device(job: Job, comm: World | Alone) -> torch.device:
-    """This rank's device: a GPU by its number on the node."""
+def _device(job: Job, comm: World | Alone) -> tuple[torch.device, str]:
+    """This rank's device, and a line for people where hosts share it."""
     if job.run.device == "cpu":
         if job.engine.name == "graph":
             raise UserError(
                 'engine.name is "graph", which needs run.device = "cuda"; use "auto", "serial" or "batched"'
             )
-        return torch.device("cpu")
+        return torch.device("cpu"), ""
     gpus = torch.cuda.device_count()
     if not gpus:
         raise UserError('run.device is "cuda", but torch sees no GPU here; use run.device=cpu')
-    return torch.device("cuda", comm.local_rank % gpus)
+    index, shared = gpu_of(comm.seat, gpus, job.run.server_gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return torch.device("cuda", index), shared
 
 
 def _compute_in(dtype: Literal["float32", "tf32", "bf16"], model: Model) -> None:

@@ -14,30 +14,36 @@ if __name__ == "__main__":  # this module is imported from there once its torch 
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpifl.build import find_job
+from mpifl.checkpoint import Checkpoint, Checkpoints, Writer, newest, other_machine, refuse_others
 from mpifl.comm import Alone, World, connect
-from mpifl.config import Job, load
+from mpifl.config import Job, load, seconds_of
 from mpifl.console import Console, readable_bytes, score_rows
 from mpifl.dry_run import introduce
 from mpifl.engine.clock import Clock
+from mpifl.faults import Turnout
 from mpifl.fleet import Fleet, serve
 from mpifl.journal import Journal, put_scores
 from mpifl.launch import agree, all_or_none, require_same
 from mpifl.measure import headline
-from mpifl.messages import NOBODY
-from mpifl.profiling import ProfiledFleet, profiled, report
-from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
+from mpifl.messages import SAVE, SAVED, Header
+from mpifl.profiling import ProfiledFleet, ProfiledShardedFleet, profiled, report
+from mpifl.results import SUMMARY, RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
 from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
+from mpifl.sharded import Follower, ShardedFleet
+from mpifl.stopping import ASKED, Stopped, TimeLimit
 from mpifl.tree import Tree, digest
+from mpifl.watchdog import watched
 from mpifl.work import Cohort
+from mpifl.writers import Writers
 
 __all__ = ["DEFAULT_JOB", "main", "run", "train"]
 
@@ -60,7 +66,8 @@ def run(
     if job.seeds == 1:
         return _run_one(job, comm, clock, console)
     base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
-    agree(comm, lambda: refuse_taken(base) if comm.rank == 0 else None)
+    known = ("seed-*", SUMMARY) if job.run.resume == "auto" else ()
+    agree(comm, lambda: refuse_taken(base, known) if comm.rank == 0 else None)
     for seed in range(job.seed, job.seed + job.seeds):
         settings = dataclasses.replace(job.run, out=str(base / f"seed-{seed}"))
         summaries.append(_run_one(dataclasses.replace(job, seed=seed, seeds=1, run=settings), comm, clock, console))
@@ -74,86 +81,215 @@ def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
 def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> dict[str, Any] | None:
     began = time.perf_counter()
     clock.enter("start")
-    session = agree(comm, lambda: Session.open(job, comm, clock))
-    require_same(comm, session.digests())
-    folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
-    path = Path(comm.share(str(folder.path) if folder else ""))
+    with ExitStack() as open_parts:
+        session = open_parts.enter_context(closing(agree(comm, lambda: Session.open(job, comm, clock))))
+        require_same(comm, session.digests())
+        writers = agree(comm, lambda: Writers(job.run.writers if comm.rank == 0 else (), console.say))
+        folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
+        if comm.share("finished" if folder and folder.summary else ""):
+            return _finished_before(folder, console) if folder else None
+        path = Path(comm.share(str(folder.path) if folder else ""))
+        agree(comm, lambda: open_parts.enter_context(folder.locked(comm, console.say)) if folder else None)
+        checkpoint = agree(comm, lambda: newest(comm, path / "checkpoints"))
+        dataset, layout = session.parts.dataset.digest, session.host.memory.layout
+        agree(comm, lambda: refuse_others(checkpoint, dataset, layout) if checkpoint else None)
+        records = agree(comm, lambda: folder.begin(checkpoint.rounds if checkpoint else 0) if folder else [])
+        console.log_to(path / "log.txt")
+        open_parts.callback(writers.close)
+        summary = _train_or_serve(session, folder, path, checkpoint, records, console, began, writers)
+    if summary == STOPPED:
+        raise Stopped(requeue=job.run.requeue == "auto" and bool(job.run.out))
+    return summary
+
+
+def _train_or_serve(
+    session: Session,
+    folder: RunFolder | None,
+    path: Path,
+    checkpoint: Checkpoint | None,
+    records: list[dict[str, Any]],
+    console: Console,
+    began: float,
+    writers: Writers,
+) -> dict[str, Any] | str | None:
+    """One rank's part of a run; returns the summary on rank 0, None on others, or STOPPED on all."""
+    job, comm, host = session.job, session.comm, session.host
     with (
-        all_or_none(comm, clock, path),
-        closing(session),
+        all_or_none(comm, host.clock, path),
         comm.using(job.comm.reduce, console.say),
         comm.on_own_cores(job.run.threads),
+        watched(comm, host.clock, path, job.run.stall_timeout),
         profiled(path / "profile", comm, session) as profile,
+        ASKED.while_training(),
     ):
-        clock.attach(path / "status" / f"rank-{comm.rank:05d}")
+        fleet = _fleet(session, console, profile is not None)
+        writer = Writer(path / "checkpoints", comm.rank, host.memory)
+        host.asked_to_stop = lambda: bool(ASKED.name)
+        start = _start(session, fleet, checkpoint)
         if folder is None:
-            serve(comm, session.host)
+            stopped = serve(comm, host, _follower(session, fleet, writer, start))
             if profile:
                 profile.gather()
-            return None
-        console.log_to(path / "log.txt")
-        kind = ProfiledFleet if profile else Fleet
-        fleet = kind(comm, session.host, job.run.nonfinite, console.say, session.parts.algorithm.works)
+            return STOPPED if stopped else None
         introduce(session, console)
-        totals = Totals()
-        state = train(session, fleet, folder, totals, console)
-        summary = _finish(session, fleet, folder, totals, state, began)
+        if checkpoint:
+            _tell_resumed(session, checkpoint, console)
+        writers.open(path, job)
+        totals, saving = Totals(records), Checkpoints(writer, fleet, job.run.save_every, job.run.keep)
+        limit = TimeLimit(seconds_of(job.run.time_limit), began)
+        state, why = train(session, fleet, folder, totals, console, saving, limit, start, writers)
+        if why:
+            fleet.stop(early=True)
+        else:
+            summary = _finish(session, fleet, folder, totals, state, began)
+            writers.close(summary)
         if profile:
             report(profile.gather(), fleet.balance, profile.folder, console)
+        if why:
+            done = f"{totals.rounds} of {job.rounds} rounds are done, and a checkpoint is written"
+            console.say(f"stopped by {why}: {done}; the same command goes on ({path})")
+            return STOPPED
         _conclude(summary, console)
         return summary
 
 
-def train(session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, console: Console) -> Tree:
-    """Run the rounds; returns the final server state."""
+STOPPED = "stopped"
+
+
+def _fleet(session: Session, console: Console, profiled: bool) -> Fleet:
+    job, host, algorithm = session.job, session.host, session.parts.algorithm
+    arguments = (session.comm, host, job.faults.tolerate, console.say, algorithm.works)
+    if job.comm.reduce == "sharded":
+        kind = ProfiledShardedFleet if profiled else ShardedFleet
+        return kind(*arguments, parameters=session.parts.model.size)
+    return (ProfiledFleet if profiled else Fleet)(*arguments)
+
+
+def _start(session: Session, fleet: Fleet, checkpoint: Checkpoint | None) -> tuple[int, Tree]:
+    """Rounds that are done, and what this rank keeps of the server's state; client memory is put in its place."""
+    if checkpoint is None:
+        return 0, fleet.hold(session.parts.algorithm.init(session.theta.clone()))
+    checkpoint.restore(session.host.memory, lambda clients: fleet.keeper(clients) == session.comm.rank)
+    fleet.limits, fleet.accepted = checkpoint.about["limits"], checkpoint.rounds - 1
+    return checkpoint.rounds, fleet.hold(checkpoint.server())
+
+
+def _follower(session: Session, fleet: Fleet, writer: Writer, start: tuple[int, Tree]) -> Callable[[Header], None]:
+    """What a host does beside answering asks: its part of checkpoints, and of a state that is sharded."""
+    sharded = isinstance(fleet, ShardedFleet)
+    shard = Follower(fleet, session.parts.algorithm, start[1], session.begin) if sharded else None
+
+    def follow(header: Header) -> None:
+        if header.command == SAVE:
+            writer.begin(header.clients)
+        elif header.command == SAVED:
+            session.comm.gather(writer.finish().pack())
+        else:
+            shard.answer(header)
+
+    return follow
+
+
+def train(
+    session: Session,
+    fleet: Fleet,
+    folder: RunFolder,
+    totals: Totals,
+    console: Console,
+    saving: Checkpoints,
+    limit: TimeLimit,
+    start: tuple[int, Tree],
+    writers: Writers,
+) -> tuple[Tree, str]:
+    """Run the rounds; returns the last state, and why that was before the last round ("": it was not)."""
     job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
-    state = algorithm.init(session.theta.clone())
-    journal = Journal(folder, totals, console, job.rounds, clock, served=session.comm.size > 1)
+    first, state = start
+    journal = Journal(folder, totals, console, job.rounds, clock, session.comm.size > 1, writers)
     fleet.meanwhile, by_server = journal.work, session.server_scores
+    longest, why = 0.0, ""
     clock.lap()
     lap = time.perf_counter()
     with console.live(job.rounds), closing(journal):
-        for round in range(job.rounds):
+        for round in range(first, job.rounds):
             clock.round = round
             clock.enter("sample")
             last = round + 1 == job.rounds
-            fleet.begin(round, NOBODY if last else session.sampled(round + 1))
-            cohort = session.cohort(round, fleet)
+            cohort = session.begin(round, fleet)
             clock.enter("server")
-            new = algorithm.round(state, cohort)
+            new = fleet.run(algorithm, state, cohort)
             if cohort.latest.count:
                 state, fleet.accepted = new, round
             else:
                 console.say(f"round {round + 1}: no client counted (no batches, or left out); nothing changes")
-            record = _record(round, cohort, fleet)
+            record = _record(session.turnout(round), cohort, fleet)
             if (round + 1) % job.run.eval_every == 0 or last:
                 left = journal.finish()
                 # Hosts together would have been faster than rank 0 alone.
                 by_server &= job.run.scored_by == "server" or left * fleet.hosts <= len(session.scorer.blocks)
                 if by_server and not last:
-                    journal.score(record, score_here(fleet, session.scorer, algorithm, state))
+                    journal.score(record, score_here(fleet, session.scorer, algorithm, fleet.fetch(state)))
                 else:
                     with clock.booked("evaluate"):
-                        put_scores(record, score_state(fleet, session.scorer, algorithm, state))
+                        whole = fleet.fetch(state)
+                        put_scores(record, score_state(fleet, session.scorer, algorithm, whole))
                     fleet.read_traffic()
             clock.enter("write")
             lap, before = time.perf_counter(), lap
+            longest = max(longest, lap - before)
             record["seconds"] = clock.lap() | {"total": lap - before}
             journal.add(record)
-    return state
+            clock.enter("checkpoint")
+            saving.finish()  # of the round before, written during this one
+            why = "" if last else ASKED.name or (fleet.asked_to_stop and "a signal") or limit.reason(longest)
+            if why or saving.due(round + 1, last):
+                journal.finish()
+                folder.make_rounds_durable()
+                saving.begin(round + 1, fleet.fetch(state), _about(session))
+                fleet.read_traffic()
+            if why:
+                break
+        saving.finish()
+    return fleet.fetch(state), why
 
 
-def _record(round: int, cohort: Cohort, fleet: Fleet) -> dict[str, Any]:
+def _about(session: Session) -> dict[str, Any]:
+    """What a checkpoint says of who made it."""
+    return {
+        "job": session.job.name,
+        "seed": session.job.seed,
+        "dataset": session.parts.dataset.digest,
+        "ranks": session.comm.size,
+        "versions": versions(session.comm.library),
+        "hardware": hardware(session.host.device),
+    }
+
+
+def _tell_resumed(session: Session, checkpoint: Checkpoint, console: Console) -> None:
+    console.say(f"going on after round {checkpoint.rounds} of {session.job.rounds} ({checkpoint.path})")
+    if other := other_machine(checkpoint, _about(session)):
+        console.say(f"another machine than before ({other}): the last bits may differ from an undisturbed run's")
+
+
+def _finished_before(folder: RunFolder, console: Console) -> dict[str, Any]:
+    console.say(f"{folder.path} holds this job's results already; choose another run.out to run it again")
+    _conclude(folder.summary, console)
+    return folder.summary
+
+
+def _record(turnout: Turnout, cohort: Cohort, fleet: Fleet) -> dict[str, Any]:
     """What a round did, for metrics.jsonl; bytes are payload at rank 0's MPI calls, evaluation apart."""
     traffic, latest = fleet.read_traffic(), cohort.latest
     stats = dict(latest.stats)
     steps = stats.pop("steps", 0.0)
     return {
-        "round": round + 1,
+        "round": cohort.round + 1,
         "loss": stats.pop("loss") / steps if steps and "loss" in stats else None,
         **stats,
         "clients": latest.count,
-        "cohort": len(cohort.ids),
+        "cohort": turnout.asked,
+        "dropped": turnout.dropped,
+        "late": turnout.late,
+        "virtual_seconds": turnout.seconds,
         "examples": traffic.examples,
         "steps": traffic.steps,
         "excluded": traffic.excluded,
@@ -198,7 +334,7 @@ def _finish(
         "hardware": hardware(session.host.device),
         "out": str(folder.path),
     }
-    folder.summary(summary)
+    folder.finish(summary)
     return summary
 
 
@@ -225,6 +361,9 @@ def _conclude(summary: dict[str, Any], console: Console) -> None:
         rows.append(("client memory", summary["memory_digest"]))
     if summary["excluded"]:
         rows.append(("clients left out", str(summary["excluded"])))
+    if summary["dropped"] or summary["late"] or summary["virtual_seconds"]:
+        rows.append(("virtual time", f"{summary['virtual_seconds']:.1f} s"))
+        rows.append(("dropped, late", f"{summary['dropped']}, {summary['late']} clients"))
     console.table([*rows, ("results", summary["out"])])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.config import UserError
+from mpifl.config import require_count
 from mpifl.tree import Tree, tree_map
 
 
@@ -46,8 +46,8 @@ class Batching:
         """Refuse numbers that mean nothing."""
         for name, least in (("size", 0), ("epochs", 1), ("steps", 1), ("max_examples", 1), ("max_steps", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"batches {name} is {value}; it must be at least {least}")
+            if value is not None:
+                require_count(f"batches {name}", value, least)
 
     def examples_used(self, examples: np.ndarray | int) -> np.ndarray | int:
         """Examples of a client that take part, from the number it has."""
@@ -194,7 +194,8 @@ class Algorithm(NamedTuple):
     host may be asked, the one that trains last (its examples are a client's weight). models: state -> the vectors
     that are exported and scored, {"model": theta} or one per cluster. memory: theta0 -> a client's state before its
     first visit ({}: none is kept). weighting: what Upload.weight is. personal: how a client is scored, where that
-    needs more than a vector for all.
+    needs more than a vector for all. elementwise: whether `init` and `round` treat every coordinate of vectors (P,) by
+    itself, so that a rank may hold a slice of each.
     """
 
     init: Callable[[Tensor], Tree]
@@ -204,3 +205,4 @@ class Algorithm(NamedTuple):
     memory: Callable[[Tensor], Tree] = lambda theta: {}
     weighting: Literal["examples", "uniform"] = "examples"
     personal: Personal | None = None
+    elementwise: bool = False

@@ -46,6 +46,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def pytest_configure(config):
     config.addinivalue_line("markers", "mpi(ranks, timeout=60): runs on so many ranks, for at most so many seconds")
     config.addinivalue_line("markers", "launches: starts mpirun itself, with the fixture `launch`")
+    config.addinivalue_line("markers", "slurm: starts a Slurm of virtual nodes; runs only when asked for, with -m slurm")
     if IS_CHILD:
         config.pluginmanager.register(mpirun_plugin.Rank(config))
     elif not UNDER_MPIRUN and not what_is_missing():
@@ -64,6 +65,8 @@ def reason_to_skip(item) -> str | None:
     ranks = ranks_of(item)
     if IS_CHILD:
         return None
+    if item.get_closest_marker("slurm") and "slurm" not in item.config.option.markexpr:
+        return "takes minutes and root; to run it: python -m pytest -m slurm"
     if not UNDER_MPIRUN:
         return what_is_missing() if ranks else None
     if item.get_closest_marker("launches"):

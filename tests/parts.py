@@ -5,15 +5,17 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from mpifl.algorithms.fedavg import fedavg
+from mpifl.algorithms.scaffold import scaffold
 from mpifl.data.memory import MemoryDataset
 from mpifl.data.shard import Feature
-from mpifl.work import Algorithm, Batching, ClientWork, Upload
+from mpifl.work import Algorithm, Batching, ClientWork, Cohort, Upload
 
 SIZES = (7, 10, 5, 0, 11, 13, 1, 4, 9, 6, 3, 8)  # at batch size 4 the last batches hold 1, 2, 3 and 4 examples
 
@@ -142,6 +144,32 @@ def misbehaving(model, how="raise", client=2, round=1, scale=1.0):
     def one_round(state, cohort):
         mean = cohort.mean(worked, theta=state["theta"], lr=0.1, round=float(cohort.round))
         return {"theta": state["theta"] - mean["pseudo_grad"], "opt": state["opt"]}
+
+    return plain._replace(works=(worked,), round=one_round)
+
+
+def dies_once(model, client=2, round=1, marker=""):
+    """SCAFFOLD in which one client, in one round (from 0), kills its rank, unless a file says that it did."""
+    plain = scaffold(model, batches=Batching(size=4))
+    train = plain.works[0]
+
+    def finish(shared, visitor, carry):
+        if int(visitor.id) == client and float(shared["round"]) == round and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train.finish(shared, visitor, carry)
+
+    worked = train._replace(finish=finish)
+
+    def one_round(state, cohort):
+        asked = Cohort(
+            cohort.round,
+            cohort.ids,
+            cohort.population,
+            cohort.total_weight,
+            lambda work, ids, given, shared: cohort.sum(worked, round=float(cohort.round), **shared),
+        )
+        return plain.round(state, asked)
 
     return plain._replace(works=(worked,), round=one_round)
 

@@ -105,12 +105,12 @@ class Bench:
 class Simulation:
     """An algorithm over a fleet of one process, round by round as `mpifl.train` runs it."""
 
-    def __init__(self, algorithm, dataset, seed=0, cohort=0, model=MODEL, nonfinite="stop", exact=True, check=True):
+    def __init__(self, algorithm, dataset, seed=0, cohort=0, model=MODEL, tolerate=0, exact=True, check=True):
         self.algorithm, self.dataset, self.seed, self.size = algorithm, dataset, seed, cohort
         theta = model.init(fold(seed, "init"))
         memory = ClientMemory(algorithm.memory(theta))
         self.host = Host(algorithm.works, dataset, memory, seed, Clock(), exact=exact, engine=Engine(check=check))
-        self.fleet = Fleet(Alone(), self.host, nonfinite, say=lambda line: None)
+        self.fleet = Fleet(Alone(), self.host, tolerate, say=lambda line: None)
         self.state = algorithm.init(theta)
         self.round = 0
         self.cohorts = []

@@ -201,10 +201,11 @@ def test_clients_of_the_rounds_are_of_the_sizes_that_are_said(tmp_path):
 def test_what_is_exchanged_is_the_payload_of_a_round():
     comm = connect()
     before = comm.bytes_down, comm.bytes_up
-    figures = exchange.exchanged(comm, 1000, 2, ["flat", "node"])
-    trips = 2 * exchange.TURNS * 2  # ways, turns, and trips of a turn, the first of which does not count
-    assert (comm.bytes_down - before[0], comm.bytes_up - before[1]) == (trips * 4000, trips * 8000)
-    assert figures.keys() == {"flat", "node"}
+    figures = exchange.exchanged(comm, 1000, 2, ["flat", "node", "sharded"])
+    trips = exchange.TURNS * 2  # turns, and trips of a turn, the first of which does not count
+    down, up = (trips * (2 * 1000 + 334) * width for width in (4, 8))  # twice all parameters, and a third of them
+    assert (comm.bytes_down - before[0], comm.bytes_up - before[1]) == (down, up)
+    assert figures.keys() == {"flat", "node", "sharded"}
     for ms in figures.values():
         assert 0 < ms["down"] < 10_000 and 0 < ms["up"] < 10_000 and (ms["copy"] > 0) == (comm.rank == 0)
 
@@ -222,14 +223,14 @@ def test_comm_prints_a_case_for_each_number_of_ranks_and_parameters(monkeypatch,
     rows, lines = table_and_lines(arguments, tmp_path, capsys)
     assert len(rows) == 1 + len(lines)
     named = [(line["case"], line["ms_round_trip"], line["times_copy"]) for line in lines]
-    ways = [("flat", 6.0, 2.0), ("node", 12.0, 4.0)]
+    ways = [("flat", 6.0, 2.0), ("node", 12.0, 4.0), ("sharded", 18.0, 6.0)]
     assert named == [
         (f"{ranks} ranks, {size} parameters, {way}", *ms)
         for ranks in (2, 5)
         for size in ("10", "2,000")
         for way, *ms in ways
     ]
-    words = ("4", "flat", "node")
+    words = ("4", "flat", "node", "sharded")
     assert asked == [(ranks, "mpifl.bench.exchange", size, *words) for ranks in (2, 5) for size in ("10", "2000")]
     rows, lines = table_and_lines([*arguments, "--reduce", "node"], tmp_path, capsys)
     assert {line["case"].split(", ")[-1] for line in lines} == {"node"}

@@ -1,13 +1,17 @@
 """The clock: every second is in one phase, and what others read of it, in its status file or as a listener, is so."""
 
 import os
+import signal
 import socket
+import subprocess
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from mpifl.engine.clock import Clock, Whereabouts
+from mpifl.process import Process, _stat
 
 
 def heard(clock):
@@ -80,3 +84,67 @@ def test_a_status_file_says_where_the_rank_is_at_every_change_of_phase(tmp_path)
         assert (now.pid, now.host) == (first.pid, first.host)
         assert first.changed <= now.changed and abs(now.changed - time.time()) < 1
     assert read().phase == "sample"
+
+
+def test_a_status_file_tells_batches_signs_of_life_and_whose_they_are(tmp_path):
+    clock, file = Clock(3), tmp_path / "rank-00003"
+    clock.beat()  # nobody looks yet
+    clock.attach(file, ranks=5)
+    read = lambda: Whereabouts.read(file)  # noqa: E731
+    first = read()
+    assert (first.rank, first.ranks, first.steps) == (3, 5, 0)
+    assert first.process == Process.current() and first.process.alive
+    seen = []
+    for batch in clock.beating("abc"):
+        seen.append((batch, read().steps, read().beat))
+    assert [one[:2] for one in seen] == [("a", 1), ("b", 2), ("c", 3)]
+    assert first.beat < seen[0][2] < seen[1][2] < seen[2][2]
+    assert read().changed == first.changed and read().pulse == first.pulse
+    for sign, other, give in (("beat", "pulse", clock.beat), ("pulse", "beat", clock.pulse)):
+        before = read()
+        give()
+        assert getattr(read(), sign) > getattr(before, sign) and getattr(read(), other) == getattr(before, other)
+        assert read().last_sign == getattr(read(), sign)
+    before = read()
+    clock.enter("wait")
+    assert read().beat >= before.beat and read().steps == 3
+
+
+def test_the_whereabouts_of_a_run_are_those_that_can_be_read_in_order_of_rank(tmp_path):
+    (tmp_path / "status").mkdir()
+    for rank in (10, 2, 0):
+        Clock(rank).attach(tmp_path / "status" / f"rank-{rank:05d}", ranks=11)
+    (tmp_path / "status" / "rank-00001").write_bytes(b"an older release's")
+    (tmp_path / "status" / "stacks-00003.txt").touch()
+    assert [place.rank for place in Whereabouts.of_run(tmp_path)] == [0, 2, 10]
+    assert Whereabouts.of_run(tmp_path / "nothing") == []
+    with pytest.raises(ValueError, match="rank-00001 is not a rank's status"):
+        Whereabouts.read(tmp_path / "status" / "rank-00001")
+
+
+def test_whereabouts_are_told_with_rank_host_pid_phase_and_rounds_from_one(tmp_path):
+    clock = Clock(2)
+    clock.round, clock.client = 6, 41
+    clock.enter("train")
+    clock.attach(tmp_path / "rank")
+    told = f"rank 2 on {socket.gethostname()} (pid {os.getpid()}), phase train, round 7, client 41"
+    assert str(Whereabouts.read(tmp_path / "rank")) == told
+
+
+def test_a_process_is_known_by_more_than_its_pid():
+    me = Process.current()
+    assert me.here and me.alive and me.state == "R" and me.trouble == ""
+    assert replace(me, started=me.started - 1).alive is False  # the pid was used again
+    assert replace(me, machine=me.machine + 1).alive is None
+    with subprocess.Popen(["sleep", "60"]) as child:
+        other = replace(me, pid=child.pid, started=_stat(child.pid)[1])
+        assert other.alive
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert other.alive and other.trouble == "stopped"
+        child.kill()
+        until = time.monotonic() + 5
+        while other.state != "Z" and time.monotonic() < until:
+            time.sleep(0.001)
+        assert other.alive is False  # dead, though nobody has asked yet how it ended
+    assert other.alive is False and other.state == ""

@@ -17,6 +17,7 @@ from mpifl.node import Node, add_share
 from mpifl.work import Algorithm, Batching, ClientWork, Upload
 
 WAYS = {"flat": ("flat", 0), "node": ("node", 0)} | {f"nodes of {n}": ("node", n) for n in (1, 2, 3)}
+WAYS |= {"sharded": ("sharded", 0)} | {f"sharded, nodes of {n}": ("sharded", n) for n in (1, 2, 3)}
 """Name: comm.reduce, and how many ranks a pretended node has."""
 
 
@@ -378,9 +379,10 @@ def pretended_nodes(ranks):
 @pytest.mark.parametrize(
     ("algorithm", "ways"),
     [
-        pytest.param("mime", ["flat", "node"], marks=pytest.mark.mpi(ranks=3, timeout=90)),
-        pytest.param("scaffold", ["flat", "node", "nodes of 2"], marks=pytest.mark.mpi(ranks=5, timeout=90)),
-        pytest.param("hypcluster", ["nodes of 3"], marks=pytest.mark.mpi(ranks=9, timeout=90)),
+        pytest.param("mime", ["flat", "node", "sharded", "sharded, nodes of 1"], marks=pytest.mark.mpi(ranks=3, timeout=90)),
+        pytest.param("scaffold", ["flat", "node", "nodes of 2", "sharded, nodes of 2"], marks=pytest.mark.mpi(ranks=5, timeout=90)),
+        pytest.param("hypcluster", ["nodes of 3", "sharded, nodes of 3"], marks=pytest.mark.mpi(ranks=9, timeout=90)),
+        pytest.param("fedavg", ["sharded"], marks=pytest.mark.mpi(ranks=2, timeout=90)),
     ],
 )
 def test_same_bits_in_every_way(algorithm, ways, tmp_path):

@@ -99,15 +99,16 @@ def model_of(name):
 class Rounds:
     """What an algorithm was told in a round of all clients, and what these kept; clients have a past from the start."""
 
-    def __init__(self, engine, algorithm, dataset, model, nonfinite="stop", rounds=1, device="cpu"):
+    def __init__(self, engine, algorithm, dataset, model, tolerate=0, rounds=1, device="cpu"):
         theta, self.lines = model.init(0), []
         memory = ClientMemory(algorithm.memory(theta))
         if memory.kept:
-            control = 0.1 * torch.stack([model.init(seed) for seed in (5, 6)])
-            memory.write([0, 2], {"control": control}, [1, 1])
+            for client, seed in ((0, 5), (2, 6)):
+                row = {"control": 0.1 * model.init(seed)}
+                memory.put(client, memory.layout.pack(row, memory.layout.empty()), 1)
         options = {"device": device, "engine": engine, "say": self.lines.append}
         self.host = Host(algorithm.works, dataset, memory, 0, Clock(), **options)
-        self.fleet = Fleet(Alone(), self.host, nonfinite, say=self.lines.append)
+        self.fleet = Fleet(Alone(), self.host, tolerate, say=self.lines.append)
         self.sums, self.algorithm, self.state = [], algorithm, algorithm.init(theta)
         for round in range(rounds):
             self._run(round)
@@ -347,7 +348,7 @@ def spoiling(model, client):
 @pytest.mark.parametrize("engine", ["batched", "graph"])
 def test_one_client_that_is_not_finite_is_left_out_of_its_block_alone(engine):
     model, dataset = model_of("mlp"), data_for("mlp")
-    run = lambda engine: Rounds(engine, spoiling(model, 2), dataset, model, nonfinite="exclude")  # noqa: E731
+    run = lambda engine: Rounds(engine, spoiling(model, 2), dataset, model, tolerate=1)  # noqa: E731
     found, expected = run(Engine(engine, clients_at_once=3)), run(Engine("serial"))
     assert found.sums[0].count == 4 and found.traffic.excluded == 1
     assert_same_rounds(found, expected)

@@ -253,7 +253,7 @@ def test_a_weight_or_statistic_that_is_not_finite_is_named_too(where, value):
 def test_excluded_clients_are_left_out_counted_and_keep_their_memory():
     values = np.ones((6, 4), np.float32)
     values[1, 0], values[4, 3] = math.nan, math.inf
-    fleet = Echo(values, weighted, nonfinite="exclude")
+    fleet = Echo(values, weighted, tolerate=2)
     for _ in range(2):
         fleet.fleet.read_traffic()
         fleet.fleet.begin(fleet.round)
@@ -268,7 +268,7 @@ def test_excluded_clients_are_left_out_counted_and_keep_their_memory():
 def test_a_client_left_out_of_a_repeated_ask_is_counted_once():
     values = np.full((4, 2), 1e9, np.float32)
     values[2] = math.nan
-    fleet = Echo(values, weighted, nonfinite="exclude")
+    fleet = Echo(values, weighted, tolerate=2)
     fleet.fleet.begin(0)
     sums = fleet.fleet.ask(fleet.algorithm.works[0], np.arange(4), None, {"scale": torch.tensor(1.0)})
     traffic = fleet.fleet.read_traffic()

@@ -77,7 +77,7 @@ def test_killed_rank_ends_the_job_and_its_last_place_can_be_read(launch, tmp_pat
     done = launch(3, "-m", "mpifl.train", misbehaving(tmp_path, "kill"), timeout=30, env=ENV)
     assert done.returncode != 0
     assert seconds_after_start(tmp_path, done) < 5
-    places = [Whereabouts.read(path) for path in sorted((tmp_path / "out" / "status").iterdir())]
+    places = [Whereabouts.read(path) for path in sorted((tmp_path / "out" / "status").glob("rank-*"))]
     assert [place.phase for place in places].count("train") == 1
     [dead] = [place for place in places if place.phase == "train"]
     assert (dead.round, dead.client) == (1, 2)
@@ -121,7 +121,11 @@ def _signal_when_training(out, number, alone):
         for path in out.glob("status/rank-*"):
             place = Whereabouts.read(path)
             if (place.round, place.client, place.phase) == (1, 2, "train"):
-                os.kill(place.pid if alone else _launcher_of(place.pid), number)
+                target = place.pid if alone else _launcher_of(place.pid)
+                os.kill(target, number)
+                if number == signal.SIGTERM:  # the first one asks for the end of the round, which never comes
+                    time.sleep(2.2)
+                    os.kill(target, number)
                 return
         time.sleep(0.05)
 

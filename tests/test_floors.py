@@ -12,14 +12,16 @@ import mpifl
 
 PACKAGE = Path(mpifl.__file__).parent
 FLOORS = {
-    "ground": ["config", "tree", "rand", "optim", "perceptron", "schedule"],
+    "ground": ["config", "tree", "rand", "optim", "perceptron", "schedule", "process"],
     "contracts": ["work", "model"],
-    "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement"],
-    "one rank": ["data.*", "engine.*"],
-    "fleet": ["comm", "flat", "node", "messages", "fleet"],
+    "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement", "faults"],
+    "one rank": ["data.*", "engine.*", "process"],
+    "fleet": ["comm", "flat", "node", "messages", "fleet", "sharded", "checkpoint"],
     "programs": [
-        *("train", "evaluate", "bench.*", "plan", "build", "console"),
+        *("train", "evaluate", "bench.*", "doctor.*", "plan", "build", "console"),
         *("results", "scoring", "journal", "baselines", "launch", "session", "command_line", "dry_run", "profiling"),
+        *("stopping", "lock", "watchdog", "supervise", "status", "doctor.*", "report", "reporting.*", "writers"),
+        *("lock", "watchdog", "status", "supervise"),
     ],
 }
 ORDER = list(FLOORS)

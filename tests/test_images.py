@@ -225,7 +225,7 @@ def own_model(features):
     [
         ({"crop": 33}, {}, "model.images.crop is 33; the images are 32x32, crop at most that"),
         ({"crop": 0}, {}, "model.images.crop is 0; it must be at least 1"),
-        ({"pad": -1}, {}, "model.images.pad is -1; it must be 0 or more"),
+        ({"pad": -1}, {}, "model.images.pad is -1; it must be at least 0"),
         ({"flip": 1}, {}, "model.images.flip is 1; it must be true or false"),
         ({"fliq": True}, {}, "there is no model.images option 'fliq'; did you mean 'flip'?"),
         (3, {}, "model.images is 3; it must be a table"),

@@ -59,7 +59,7 @@ def test_round_without_a_batch_is_reported_and_changes_nothing(tmp_path):
 def test_excluded_client_keeps_its_memory_though_an_earlier_ask_of_the_round_staged_it(tmp_path):
     session = Session.open(load(job(tmp_path, algorithm={"name": "parts:two_asks"})), Alone(), Clock())
     algorithm, host = session.parts.algorithm, session.host
-    fleet = Fleet(Alone(), host, "exclude", say=lambda text: None)
+    fleet = Fleet(Alone(), host, 1, say=lambda text: None)
     for round in range(3):
         fleet.begin(round)
         algorithm.round({"theta": session.theta}, session.cohort(round, fleet))

@@ -118,7 +118,9 @@ def test_reading_and_writing_moves_rows_between_ranks():
     here.stage(3, row(30))
     here.commit()
     ids = [1, 3]
-    there.write(ids, here.read(ids), [here.visits(i) for i in ids])
+    for client, visits, packed in here.snapshot():
+        if client in ids:
+            there.put(client, packed, visits)
     assert values(there, ids) == [1.0, 30.0] and [there.visits(i) for i in ids] == [1, 2]
     assert there.digests() == [entry for entry in here.digests() if entry[0] in ids]
 
@@ -126,13 +128,34 @@ def test_reading_and_writing_moves_rows_between_ranks():
 def test_digests_come_by_client_and_see_row_and_visits():
     def digests(visits, value):
         store = ClientMemory(BLANK)
-        rows = {"control": torch.full((2, 3), value), "head": {"w": torch.zeros(2, 2, 2).double()}}
-        store.write([8, 2], rows, visits)
+        row = {"control": torch.full((3,), value), "head": {"w": torch.zeros(2, 2).double()}}
+        for client, visited in zip((8, 2), visits):
+            store.put(client, store.layout.pack(row, store.layout.empty()), visited)
         return store.digests()
 
     plain = digests([1, 1], 0.0)
     assert [client for client, _ in plain] == [2, 8]
     assert len({plain[0][1], digests([1, 2], 0.0)[0][1], digests([1, 1], 1.0)[0][1]}) == 3
+
+
+def test_frozen_rows_keep_their_values_whatever_later_rounds_write():
+    store = ClientMemory({"x": torch.zeros(3)})
+
+    def accept(value):
+        for client in range(5):
+            store.stage(client, {"x": torch.full((3,), value)})
+        store.commit()
+
+    accept(1.0)
+    frozen = store.freeze()
+    for value in (2.0, 3.0, 4.0):
+        accept(value)
+    assert all(torch.equal(row[:12].view(torch.float32), torch.ones(3)) for _, _, row in frozen)
+    store.thaw()
+    slots, held = len(store._chunks) * store._rows_per_chunk, store.bytes
+    for _ in range(2 * slots):
+        accept(5.0)
+    assert store.bytes == held  # what was frozen is used again
 
 
 def test_a_row_larger_than_a_chunk_has_a_chunk_of_its_own():

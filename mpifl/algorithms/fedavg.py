@@ -49,7 +49,8 @@ def fedavg(
         theta, opt = server_opt.apply(state["theta"].clone(), mean["pseudo_grad"], opt)
         return {"theta": theta, "opt": opt}
 
-    return Algorithm(init, round, (train,), lambda state: {"model": state["theta"]}, weighting=weighting)
+    models = lambda state: {"model": state["theta"]}  # noqa: E731
+    return Algorithm(init, round, (train,), models, weighting=weighting, elementwise=server_opt.elementwise)
 
 
 def local_training(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpifl.config import UserError
+from mpifl.config import require_count
 from mpifl.measure import example_sums, without_key
 from mpifl.model import Model
 from mpifl.optim import Optimizer, sgd
@@ -40,8 +40,7 @@ def hypcluster(
 
     loss_size: rows per batch of the choosing pass (0: all at once), a matter of memory only.
     """
-    if clusters < 1:
-        raise UserError(f"hypcluster's clusters is {clusters}; it must be at least 1")
+    require_count("hypcluster's clusters", clusters, least=1, most=1000)
     whole = replace(batches, size=loss_size, epochs=1, steps=None, drop_last=False, max_steps=None)
 
     def weight(client: Client) -> Tensor:
@@ -109,4 +108,5 @@ def hypcluster(
         return {f"cluster{j}": theta for j, theta in enumerate(state["thetas"].unbind())}
 
     personal = Personal(shared=lambda state: {"thetas": state["thetas"]}, theta=own, before=(choose,))
-    return Algorithm(init, round, (choose, train), models, weighting=weighting, personal=personal)
+    more = {"weighting": weighting, "personal": personal, "elementwise": server_opt.elementwise}
+    return Algorithm(init, round, (choose, train), models, **more)

@@ -79,4 +79,4 @@ def mime(
         return {"theta": theta, "opt": observed}
 
     models = lambda state: {"model": state["theta"]}  # noqa: E731
-    return Algorithm(init, round, (full_gradient, train), models, weighting=weighting)
+    return Algorithm(init, round, (full_gradient, train), models, weighting=weighting, elementwise=base_opt.elementwise)

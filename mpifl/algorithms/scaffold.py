@@ -75,4 +75,4 @@ def scaffold(
         }
 
     models = lambda state: {"model": state["theta"]}  # noqa: E731
-    return Algorithm(init, round, (train,), models, memory, weighting)
+    return Algorithm(init, round, (train,), models, memory, weighting, elementwise=True)

@@ -27,8 +27,9 @@ def exchanged(comm: World | Alone, parameters: int, repeats: int, ways: Sequence
     theta, spent = np.ones(parameters, np.float32), {way: [] for way in ways}
     for _ in range(TURNS):
         for way in ways:
+            trip = _sharded_trip if way == "sharded" else _trip
             with comm.using(way):
-                trips = [_trip(comm, theta) for _ in range(-(-repeats // TURNS) + 1)]
+                trips = [trip(comm, theta) for _ in range(-(-repeats // TURNS) + 1)]
             spent[way] += trips[1:]
     copies = [(np.empty_like(buffer), buffer) for buffer in (theta, np.ones(parameters, np.float64))]
     copying = [_copied(copies) for _ in range(repeats)] if comm.rank == 0 else [0.0]
@@ -50,6 +51,25 @@ def _trip(comm: World | Alone, theta: np.ndarray) -> tuple[float, float]:
     comm.reduce(sums)
     ended = time.perf_counter()
     if comm.rank == 0 and not (sums == comm.size - 1).all():
+        raise AssertionError(f"the sum over {comm.size} ranks is not {comm.size - 1}")
+    return middle - began, ended - middle
+
+
+def _sharded_trip(comm: World | Alone, theta: np.ndarray) -> tuple[float, float]:
+    """As `_trip`, where every rank has a slice of the parameters before and of the sum after."""
+    mine = theta[None, : -(-len(theta) // comm.size)]
+    comm.arrive()
+    began = time.perf_counter()
+    comm.join(mine, len(theta), [0], theta.nbytes)
+    comm.arrive()
+    middle = time.perf_counter()
+    sums = comm.room(8 * len(theta)).view(np.float64)
+    if comm.rank:
+        sums += 1.0
+    comm.arrive()
+    own = comm.sum_slices([sums])[0]
+    ended = time.perf_counter()
+    if comm.rank == 0 and not (own == comm.size - 1).all():
         raise AssertionError(f"the sum over {comm.size} ranks is not {comm.size - 1}")
     return middle - began, ended - middle
 

@@ -14,7 +14,7 @@ from mpifl.bench.cases import Case, count
 from mpifl.bench.training import mpirun, on_ranks
 from mpifl.config import UserError
 
-WAYS = ["flat", "node"]
+WAYS = ["flat", "node", "sharded"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=count, nargs="+", default=[2, 3, 5, 9], help="(default 2 3 5 9)")
     sizes = [10_000, 206_922, 1_206_590, 10_000_000]
     parser.add_argument("--parameters", type=count, nargs="+", default=sizes, help=f"(default {sizes})")
-    parser.add_argument("--reduce", choices=WAYS, nargs="+", default=WAYS, help="comm.reduce (default flat node)")
+    parser.add_argument("--reduce", choices=WAYS, nargs="+", default=WAYS, help="comm.reduce (default: all)")
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

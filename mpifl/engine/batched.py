@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.config import UserError
+from mpifl.config import UserError, is_of_memory
 from mpifl.data.batches import blank_columns, moved
 from mpifl.data.blocks import side_by_side
-from mpifl.engine.clients import Clients, Visited
+from mpifl.engine.clients import Clients, Visited, of_the_machine
 from mpifl.engine.clock import Clock
 from mpifl.engine.graph import Capture, captured, shapes
 from mpifl.engine.together import first_line, loops_refused, together, visit_together
@@ -71,17 +71,28 @@ class Batched:
 
     def visits(self, work: ClientWork, shared: Tree, ids: np.ndarray, given: Tree) -> Iterator[Visited]:
         """Yield a Visited for every block of clients that have a batch; given: leaves (n, ...) for n ids."""
+        phase = self.clock.phase
         for left in self._alike(work, ids):
-            size, ready = self._size(work, len(left)), None
+            size, ready, alone = self._size(work, len(left)), None, 0
             while len(left):
-                block = ready or self._attempt(self._load, work, ids, left[:size], given, size)
-                upload = block and self._attempt(self._train, work, shared, block)
+                rows = left[:1] if alone else left[:size]
+                block = ready or self._attempt(self._load, work, ids, rows, given, size)
+                upload = self._attempt(self._train, work, shared, block) if isinstance(block, _Block) else block
                 if upload is None:
                     size, ready = self._halve(work, size), None
                     continue
-                left = left[len(block.ids) :]
-                if len(left):  # loaded while the GPU is at work on this one
-                    ready = self._attempt(self._load, work, ids, left[:size], given, size)
+                if isinstance(upload, Exception) and len(rows) > 1:  # whose it is shows one by one, with the same bits
+                    ready, alone = None, len(rows)
+                    self.clock.enter(phase)
+                    continue
+                left, alone, ready = left[len(rows) :], max(0, alone - 1), None
+                if isinstance(upload, Exception):
+                    yield Visited(ids[rows].tolist(), error=upload)
+                    continue
+                if len(left) and not alone:  # loaded while the GPU is at work on this one
+                    coming = self._attempt(self._load, work, ids, left[:size], given, size)
+                    ready = coming if isinstance(coming, _Block) else None
+                    self.clock.enter(phase)
                 with self.clock.during("train"):
                     if self.device.type == "cuda":
                         torch.cuda.current_stream(self.device).synchronize()
@@ -155,7 +166,7 @@ class Batched:
 
     def _train(self, work: ClientWork, shared: Tree, block: _Block) -> Upload:
         with self.clock.during("train"):
-            size, batches = len(block.clients.id), block.batches
+            size, batches = len(block.clients.id), self.clock.beating(block.batches)
             run = self._of_many(work)
             if self.capture is not None and work.batches.size:  # a batch of all examples has another shape each time
                 first = next(batches)
@@ -178,7 +189,7 @@ class Batched:
             try:
                 self._captured[key] = captured(work, shared, clients, batch, self.capture)
             except RuntimeError as error:
-                if _is_of_memory(error):
+                if is_of_memory(error):
                     raise
                 self.say(f"works are called step by step: one cannot be captured ({first_line(error)})")
                 self.capture = None
@@ -186,19 +197,20 @@ class Batched:
         return self._captured[key]
 
     def _attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns, None if there is no memory for it."""
+        """What the function returns, None if there is no memory for it, or the exception that a client is to blame for.
+
+        After that the clock stays where it happened, to be reported.
+        """
         phase = self.clock.phase
         try:
             return function(*arguments)
-        except RuntimeError as error:
-            if not _is_of_memory(error):
-                raise
+        except Exception as error:
+            if not is_of_memory(error):
+                if of_the_machine(error):
+                    raise
+                return error
         self.clock.enter(phase)
         return None
-
-
-def _is_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _rows_of_batch(batching: Batching, examples: np.ndarray) -> int:

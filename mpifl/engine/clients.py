@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifl.config import UserError
 from mpifl.data.batches import moved
 from mpifl.data.source import Source
 from mpifl.engine.store import ClientMemory
@@ -16,15 +17,21 @@ from mpifl.rand import as_tensor, fold
 from mpifl.tree import Tree, tree_map
 from mpifl.work import Batching, Client, Upload
 
+_OF_TORCH = ("out of memory", "can't allocate memory", "CUDA error", "cuDNN error")
+
 
 class Visited(NamedTuple):
-    """Visits that are over: of one client, or of a block, whose upload's leaves are (K, ...) with K >= len(ids)."""
+    """Visits that are over: of one client, or of a block, whose upload's leaves are (K, ...) with K >= len(ids).
+
+    error: what a visit to one client raised, in place of all but its id.
+    """
 
     ids: list[int]
-    examples: list[int]
-    steps: list[int]
-    upload: Upload
-    stacked: bool
+    examples: list[int] = []  # noqa: RUF012 - never written to
+    steps: list[int] = []  # noqa: RUF012
+    upload: Upload | None = None
+    stacked: bool = False
+    error: Exception | None = None
 
     def upload_of(self, number: int) -> Upload:
         """The upload of one of the clients, by its place in `ids`."""
@@ -43,6 +50,8 @@ class Clients:
         self.round = -1
         self._scratch: dict[int, Tree] = {}
         self._fresh_scratch: dict[int, Tree] = {}
+        self.excluded: set[int] = set()
+        self._fresh_excluded: set[int] = set()
 
     def settle(self, round: int, accepted: int) -> None:
         """Before an ask of `round`: make rows of accepted rounds current, forget those of an abandoned one."""
@@ -52,13 +61,14 @@ class Clients:
             self.memory.discard()
 
     def turn(self, round: int, attempt: int) -> None:
-        """Bring scratch up to an ask: of earlier asks of the round, not of a first attempt at this one."""
+        """Bring scratch, and who is excluded, up to an ask: by earlier asks of the round, not a first attempt at it."""
         if attempt == 0:
             self._scratch |= self._fresh_scratch
+            self.excluded |= self._fresh_excluded
         if round != self.round:
-            self._scratch = {}
+            self._scratch, self.excluded = {}, set()
             self.round = round
-        self._fresh_scratch = {}
+        self._fresh_scratch, self._fresh_excluded = {}, set()
 
     def longest_first(self, batching: Batching, ids: np.ndarray) -> np.ndarray:
         """In which order to visit ids, (n,) int64 places among them: by steps, then examples, then id."""
@@ -107,13 +117,23 @@ class Clients:
         if upload.scratch:
             self._fresh_scratch[id] = tree_map(torch.clone, upload.scratch)  # `shared` is gone by the next ask
 
-    def forget(self, id: int) -> None:
-        """Have an excluded client keep what it had before the round, whatever earlier asks staged."""
+    def exclude(self, id: int) -> None:
+        """Have a client keep what it had before the round, whatever earlier asks staged, and no part in later ones."""
         self.memory.unstage(id)
         self._fresh_scratch.pop(id, None)
+        self._fresh_excluded.add(id)
 
     def _tensor(self, values: Any) -> Tensor:
         return moved(torch.as_tensor(values), self.device)
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error is not to be blamed on the client that was visited: memory, files, a GPU that is no longer fit.
+
+    What raises on one machine and not on another must end the job, as its result would depend on who hosts whom.
+    """
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_TORCH)
+    return said or isinstance(error, UserError | MemoryError | OSError | torch.OutOfMemoryError)
 
 
 def on_leaves(function: Callable[[Tensor], Tensor], upload: Upload) -> Upload:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +55,8 @@ class Host:
 
     works: everything that may be asked, in the same order on every rank. exact: whether sums follow the law of the
     same bits. engine: the job's; "auto" goes on with another engine where a work does not run in the one that pays.
-    say: called with a line for people (default: to stderr).
+    tolerant: whether a client whose visit raises is left out of an answer; `raised` is the first one of the latest, and
+    what it raised. say: called with a line for people (default: to stderr).
     """
 
     def __init__(
@@ -68,12 +72,16 @@ class Host:
         budget: int = 512 << 20,
         exact: bool = True,
         engine: Engine = Engine(),  # noqa: B008 - immutable
+        tolerant: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         for work in works:
-            choice(work.batches.split, dataset.splits, "split of the dataset")
+            split = choice(work.batches.split, dataset.splits, "split of the dataset")
+            if work.batches.of == "client" and split != "train" and not dataset.aligned(split):
+                raise UserError(f"split '{split}' does not have the clients of split 'train', who are asked to visit it")
         self.works, self.dataset, self.memory, self.seed, self.clock = works, dataset, memory, seed, clock
-        self.rank, self.ranks, self.exact = rank, ranks, exact
+        self.rank, self.ranks, self.exact, self.tolerant = rank, ranks, exact, tolerant
+        self.raised: tuple[int, str] | None = None
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -83,6 +91,7 @@ class Host:
         self.serial = Serial(self.clients, clock, engine.check)
         self.batched = _batched(self.clients, clock, engine, lambda line: self.say(line))
         keep_freed_memory()
+        self.asked_to_stop: Callable[[], bool] = lambda: False
         self._alone: set[ClientWork] = set()
         self._wires: dict[tuple[int, Layout, Layout], Wire] = {}
         self._blank_scratch: Tree = {}
@@ -105,19 +114,26 @@ class Host:
         wire = self.wire(ask.work, ask.shared, one_row(ask.given))
         memory = torch.from_numpy(ask.room(wire.bytes)) if ask.room else None
         total = Accumulator(wire, ask.limits, ask.clients, self.rank, memory)
-        before = dict(self.clock.seconds)
+        before, phase, self.raised = dict(self.clock.seconds), self.clock.phase, None
         examples = steps = 0
         for visited in self._visits(ask):
+            if visited.error is not None:
+                if not self.tolerant or work.batches.of != "client":
+                    raise visited.error
+                self.clock.enter(phase)
+                self._leave_out(visited.ids[0], visited.error, total)
+                continue
             with self.clock.during("sum"):
                 ids, upload = visited.ids, visited.upload
                 counts = total.add_block(ids, upload) if visited.stacked else [total.add(ids[0], upload)]
                 for number, counted in enumerate(counts):
-                    if not counted:
-                        self.clients.forget(ids[number])
-                        continue
-                    examples, steps = examples + visited.examples[number], steps + visited.steps[number]
+                    if counted:
+                        examples, steps = examples + visited.examples[number], steps + visited.steps[number]
                     if work.batches.of == "client":
-                        self.clients.keep(ids[number], visited.upload_of(number))
+                        if counted:
+                            self.clients.keep(ids[number], visited.upload_of(number))
+                        else:
+                            self.clients.exclude(ids[number])
         spent = {
             phase: self.clock.seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("load", "train", "sum")
         }
@@ -127,14 +143,23 @@ class Host:
             steps=steps,
             examples=examples,
             resident_bytes=resident_bytes(),
+            stop=self.asked_to_stop(),
         )
         return total.buffers
+
+    def _leave_out(self, id: int, error: Exception, total: Accumulator) -> None:
+        self.clients.exclude(id)
+        total.refuse(id)
+        if self.raised is None or id < self.raised[0]:
+            self.raised = id, _in_short(error)
 
     def rows(self, ask: Ask) -> tuple[np.ndarray, np.ndarray]:
         """Visit the clients and return (ids (n,) int64, per-client [weight | stats] (n, S) float64) unsummed."""
         width = sum(self.wire(ask.work, ask.shared, {}).small)
         ids, rows = [], []
         for visited in self._visits(ask):
+            if visited.error is not None:
+                raise visited.error
             for number, id in enumerate(visited.ids):
                 upload = visited.upload_of(number)
                 values = [upload.weight, *(leaf for _, leaf in leaves(upload.stats))]
@@ -152,8 +177,11 @@ class Host:
         work, ids = self.works[ask.work], ask.ids
         shared, given = (tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (ask.shared, ask.given))
         engine = self.batched if self._runs_batched(work) else self.serial
-        if engine is self.batched:
-            order = self.clients.longest_first(work.batches, ids)
+        excluded = self.clients.excluded if work.batches.of == "client" else ()
+        if excluded or engine is self.batched:
+            order = np.flatnonzero(~np.isin(ids, list(excluded)))
+            if engine is self.batched:
+                order = order[self.clients.longest_first(work.batches, ids[order])]
             ids, given = ids[order], tree_map(lambda leaf: leaf[torch.as_tensor(order, device=leaf.device)], given)
         if len(ask.ahead):
             self.source.prefetch(work.batches, np.concatenate([ids, ask.ahead]))
@@ -205,6 +233,13 @@ def _batched(clients: Clients, clock: Clock, engine: Engine, say: Callable[[str]
         return None
     capture = as_cuda_graph if name == "graph" else None
     return Batched(clients, clock, say, engine.clients_at_once, capture)
+
+
+def _in_short(error: Exception) -> str:
+    """What was raised, and where, in one line."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    what = textwrap.shorten(f"{type(error).__name__}: {first_line(error)}", 200)
+    return f"{what} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def resident_bytes() -> int:

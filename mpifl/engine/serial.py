@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mpifl.data.batches import batches
-from mpifl.engine.clients import Clients, Visited
+from mpifl.engine.clients import Clients, Visited, of_the_machine
 from mpifl.engine.clock import Clock
 from mpifl.tree import Tree, leaves, tree_map
 from mpifl.work import Client, ClientWork, Upload
@@ -54,22 +54,33 @@ class Serial:
 
     def visits(self, work: ClientWork, shared: Tree, ids: np.ndarray, given: Tree) -> Iterator[Visited]:
         """Yield a Visited for every client that has a batch; given: leaves (n, ...) for n ids."""
-        clients, batching = self.clients, work.batches
         for row, id in enumerate(ids.tolist()):
             self.clock.visit(id)
-            with self.clock.during("load"):
-                columns = clients.source.columns(batching, id)
-                stored = len(next(iter(columns.values())))
-                steps, n = int(batching.steps_of(stored)), int(batching.examples_used(stored))
-                if steps == 0:
-                    continue
-                key = clients.key(id)
-                client = clients.one(id, key, n, tree_map(lambda leaf, row=row: leaf[row], given))
-            with self.clock.during("train"):
-                stream = batches(columns, clients.dataset.features, batching, key)
-                upload = self.visit(work, shared, client, stream)
-            yield Visited([id], [n], [steps], upload, stacked=False)
+            try:
+                visited = self._one(work, shared, id, tree_map(lambda leaf, row=row: leaf[row], given))
+            except Exception as error:
+                if of_the_machine(error):
+                    raise
+                visited = Visited([id], error=error)
+            if visited:
+                yield visited
         self.clock.visit(-1)
+
+    def _one(self, work: ClientWork, shared: Tree, id: int, given: Tree) -> Visited | None:
+        """Visit a client; None if it has no batch."""
+        clients, batching = self.clients, work.batches
+        with self.clock.during("load"):
+            columns = clients.source.columns(batching, id)
+            stored = len(next(iter(columns.values())))
+            steps, n = int(batching.steps_of(stored)), int(batching.examples_used(stored))
+            if steps == 0:
+                return None
+            key = clients.key(id)
+            client = clients.one(id, key, n, given)
+        with self.clock.during("train"):
+            stream = batches(columns, clients.dataset.features, batching, key)
+            upload = self.visit(work, shared, client, self.clock.beating(stream))
+        return Visited([id], [n], [steps], upload)
 
 
 def _versions(tree: Tree) -> dict[str, int]:

@@ -36,6 +36,8 @@ class ClientMemory:
         self._visits: dict[int, int] = {}
         self._staged: dict[int, int] = {}
         self._free: list[int] = []
+        self._frozen = False
+        self._replaced: list[int] = []
 
     @property
     def kept(self) -> bool:
@@ -76,7 +78,7 @@ class ClientMemory:
         """Make staged rows current."""
         for client, slot in self._staged.items():
             if client in self._slots:
-                self._free.append(self._slots[client])
+                (self._replaced if self._frozen else self._free).append(self._slots[client])
             self._slots[client] = slot
             self._visits[client] = self._visits.get(client, 0) + 1
         self._staged.clear()
@@ -86,14 +88,23 @@ class ClientMemory:
         self._free += self._staged.values()
         self._staged.clear()
 
-    def write(self, clients: Sequence[int], rows: Tree, visits: Sequence[int]) -> None:
-        """Put rows with a leading axis (K, ...) in place directly: from a checkpoint or another rank."""
-        for k, client in enumerate(clients):
-            row = unflatten({name: value[k] for name, value in leaves(rows)})
-            if client not in self._slots:
-                self._slots[client] = self._take()
-            self.layout.pack(row, self._row(self._slots[client]))
-            self._visits[client] = visits[k]
+    def put(self, client: int, row: Tensor, visits: int) -> None:
+        """Make a packed row, (bytes,) uint8, current: from a checkpoint or another rank."""
+        if client not in self._slots:
+            self._slots[client] = self._take()
+        self._row(self._slots[client]).copy_(row)
+        self._visits[client] = visits
+
+    def freeze(self) -> list[tuple[int, int, Tensor]]:
+        """Return `snapshot`, whose rows keep their values until `thaw`, whatever later rounds do."""
+        self._frozen = True
+        return list(self.snapshot())
+
+    def thaw(self) -> None:
+        """Let go of what `freeze` returned."""
+        self._frozen = False
+        self._free += self._replaced
+        self._replaced.clear()
 
     def snapshot(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (client, visits, packed row) of each current row in client order, staged ones left out."""

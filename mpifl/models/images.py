@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpifl.config import UserError
+from mpifl.config import UserError, require_count
 from mpifl.rand import integers_at
 from mpifl.tree import Tree
 
@@ -40,10 +40,9 @@ class Images:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no image has."""
-        if self.pad < 0:
-            raise UserError(f"model.images.pad is {self.pad}; it must be 0 or more")
-        if self.crop is not None and self.crop < 1:
-            raise UserError(f"model.images.crop is {self.crop}; it must be at least 1")
+        require_count("model.images.pad", self.pad, least=0, most=1024)
+        if self.crop is not None:
+            require_count("model.images.crop", self.crop, least=1)
 
     def __call__(self, x: Tensor, batch: Tree) -> Tensor:
         """The images that the net sees, (B, h, w) or (B, C, h, w); without `batch["key"]`, evaluation's."""

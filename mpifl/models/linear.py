@@ -37,8 +37,8 @@ def logistic(features: dict[str, Any]) -> nn.Module:
 
 def mlp(features: dict[str, Any], hidden: tuple[int, ...] = (200, 200)) -> nn.Module:
     """ReLU perceptron from (B, *x.shape) to (B, classes); 784-200-200-62 is FedJAX's and LEAF's EMNIST "dense"."""
-    if min(hidden, default=1) < 1:
-        raise UserError(f"mlp hidden is {list(hidden)}; every layer must have at least 1 unit")
+    if not all(1 <= units <= 10**6 for units in hidden):
+        raise UserError(f"mlp hidden is {list(hidden)}; every layer must have at least 1 unit, and at most 1000000")
     layers: list[nn.Module] = [nn.Flatten()]
     width = flat_inputs(features)
     for units in hidden:

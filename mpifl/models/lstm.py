@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpifl.config import UserError
+from mpifl.config import UserError, require_count
 from mpifl.models.linear import input_shape
 
 
@@ -74,7 +74,6 @@ def vocabulary_of(features: dict[str, Any], model: str) -> int:
 
 
 def check_sizes(model: str, **sizes: int) -> None:
-    """Raise UserError for a size below 1."""
+    """Raise UserError for a size below 1, or of more than a million."""
     for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{model} {name} is {size}; it must be at least 1")
+        require_count(f"{model} {name}", size, least=1, most=10**6)

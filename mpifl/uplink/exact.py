@@ -43,6 +43,7 @@ ROW = (
     "over_client",
     "over_leaf",
     "resident_bytes",
+    "stop",
 )
 """What each rank reports beside its peaks; clients as index + 1, 0 for none."""
 _PIECE = 1 << 22
@@ -198,6 +199,11 @@ class Accumulator:
                 part.add_(value.cpu(), alpha=weight)
         self._small += (small + self._small_magic) - self._small_magic
         return True
+
+    def refuse(self, client: int) -> None:
+        """Count a client that has no upload as excluded; its leaf is said to be the one after the last."""
+        self.bad = _first(self.bad, client, len(self.wire.names))
+        self.excluded += 1
 
     def add_block(self, clients: Sequence[int], upload: Upload) -> list[bool]:
         """As `add` for each of these clients, whose uploads are the first rows of leaves (K, ...).

