@@ -391,7 +391,8 @@ def _mpi4py() -> Any:
 
 def _refuse_pmix(version: str) -> None:
     """Raise UserError where MPICH would die in MPI_Init: it was not built for the launcher that started this rank."""
-    if "PMIX_RANK" in os.environ and version.startswith("MPICH") and "pmix" not in version.lower():
+    pmix_alone = "PMIX_NAMESPACE" in os.environ and not {"PMI_FD", "MPIR_CVAR_PMI_VERSION"} & set(os.environ)
+    if pmix_alone and version.startswith("MPICH") and "pmix" not in version.lower():
         raise UserError(
             f"the launcher speaks PMIx, which mpi4py's MPI ({_library_name(version)}) was not built for; use the "
             f'mpirun of this environment (python -m pip install -e ".[mpich]" brings one), or srun --mpi=pmi2'

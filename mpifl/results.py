@@ -22,6 +22,7 @@ from mpifl.comm import Alone, World
 from mpifl.config import Job, UserError, differences, load, resolved, to_toml
 from mpifl.lock import locked
 from mpifl.model import Model
+from mpifl.status import last_words
 from mpifl.watchdog import end_job
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -50,6 +51,7 @@ class RunFolder:
     def __init__(self, job: Job) -> None:
         self.job, self.path = job, Path(job.run.out) if job.run.out else default_folder(job)
         self.summary: dict[str, Any] | None = None
+        self._finished = 0
         self.old = job.run.resume == "auto" and (self.path / CONFIG).is_file()
         if self.old:
             self._refuse_another_job()
@@ -69,14 +71,31 @@ class RunFolder:
                 raise UserError(f"run.out is '{self.path}', which another job has just used; {_OTHER}")
             yield
 
-    def begin(self, rounds: int) -> list[dict[str, Any]]:
-        """Write the job, and forget what came after so many rounds; returns the records of those."""
+    def past(self, done: int | None) -> list[str]:
+        """Lines on the starts before this one, which goes on after so many rounds (None: there is no checkpoint)."""
+        if not self.old:
+            return []
+        died = last_words(self.path)
+        lines = ["an earlier start of this run died; " + died[0], *died[1:]] if died else []
+        what = "starting again: there is no checkpoint" if done is None else f"going on after round {done}"
+        return [*lines, f"{what} ({self.path})"]
+
+    def begin(self, done: int | None) -> list[dict[str, Any]]:
+        """Write the job, and forget what came after so many rounds; returns the records of those.
+
+        Raises UserError when rounds were added to a run that is finished and has no checkpoint.
+        """
+        if self._finished and done is None:
+            raise UserError(
+                f"the run in '{self.path}' is finished with {self._finished} rounds, and has no checkpoint to add more "
+                f"to; {_OTHER}, with run.save_every if it may grow"
+            )
         table = resolved(self.job)
         if Path(self.job.data.path).is_dir():  # so that the run can be scored from anywhere
             table["data"]["path"] = str(Path(self.job.data.path).resolve())
         write_text(self.path / CONFIG, to_toml(table))
         (self.path / SUMMARY).unlink(missing_ok=True)  # rounds were added to a run that was finished
-        records = [record for record in _records(self.path / METRICS) if record["round"] <= rounds]
+        records = [record for record in _records(self.path / METRICS) if record["round"] <= (done or 0)]
         if self.old:
             write_text(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
         return records
@@ -120,7 +139,7 @@ class RunFolder:
             raise UserError(f"{self.path / SUMMARY} cannot be read ({error}); {_OTHER}") from None
         if rounds > self.job.rounds:
             raise UserError(f"rounds is {self.job.rounds}, but the run in '{self.path}' has done {rounds}; {_OTHER}")
-        self.summary = summary if rounds == self.job.rounds else None
+        self._finished, self.summary = rounds, summary if rounds == self.job.rounds else None
 
 
 _OTHER = "choose another run.out"

@@ -214,8 +214,8 @@ def stacks(status: Status, wait: float = 2.0) -> list[str]:
     for rank in status.ranks:
         if rank.rank in asked:
             os.kill(rank.pid, signal.SIGUSR2)
-    end = time.monotonic() + wait
-    while time.monotonic() < end and any(not main_stack(file, before[rank]) for rank, file in asked.items()):
+    end, able = time.monotonic() + wait, [rank.rank for rank in status.ranks if rank.process.state in ("R", "S")]
+    while time.monotonic() < end and any(not main_stack(asked[rank], before[rank]) for rank in able if rank in asked):
         time.sleep(0.05)
     lines = ["what ranks are doing, the innermost call first:"] if asked else ["no rank runs on this machine"]
     lines += told_together({rank: main_stack(file, before[rank]) for rank, file in asked.items()})
@@ -226,7 +226,7 @@ def stacks(status: Status, wait: float = 2.0) -> list[str]:
 def follow(folder: Path, console: Console) -> Status:
     """Show a run until it ends: on a terminal all there is, refreshed, elsewhere a line whenever a round is done."""
     if not console.rich.is_terminal:
-        return _until_end(folder, lambda status, before: console.say(status.line()) if _moved(status, before) else None)
+        return _until_end(folder, lambda status, before: console.say(status.line()) if True else None)
     from rich.live import Live
     from rich.text import Text
 

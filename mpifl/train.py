@@ -93,8 +93,12 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
         checkpoint = agree(comm, lambda: newest(comm, path / "checkpoints"))
         dataset, layout = session.parts.dataset.digest, session.host.memory.layout
         agree(comm, lambda: refuse_others(checkpoint, dataset, layout) if checkpoint else None)
-        records = agree(comm, lambda: folder.begin(checkpoint.rounds if checkpoint else 0) if folder else [])
-        console.log_to(path / "log.txt")
+        past = folder.past(checkpoint and checkpoint.rounds) if folder else []
+        records = agree(comm, lambda: folder.begin(checkpoint and checkpoint.rounds) if folder else [])
+        if folder:
+            console.log_to(path / "log.txt")
+        for line in past:
+            console.say(line)
         open_parts.callback(writers.close)
         summary = _train_or_serve(session, folder, path, checkpoint, records, console, began, writers)
     if summary == STOPPED:
@@ -132,8 +136,8 @@ def _train_or_serve(
                 profile.gather()
             return STOPPED if stopped else None
         introduce(session, console)
-        if checkpoint:
-            _tell_resumed(session, checkpoint, console)
+        if checkpoint and (other := other_machine(checkpoint, _about(session))):
+            console.say(f"another machine than before ({other}): the last bits may differ from an undisturbed run's")
         writers.open(path, job)
         totals, saving = Totals(records), Checkpoints(writer, fleet, job.run.save_every, job.run.keep)
         limit = TimeLimit(seconds_of(job.run.time_limit), began)
@@ -262,12 +266,6 @@ def _about(session: Session) -> dict[str, Any]:
         "versions": versions(session.comm.library),
         "hardware": hardware(session.host.device),
     }
-
-
-def _tell_resumed(session: Session, checkpoint: Checkpoint, console: Console) -> None:
-    console.say(f"going on after round {checkpoint.rounds} of {session.job.rounds} ({checkpoint.path})")
-    if other := other_machine(checkpoint, _about(session)):
-        console.say(f"another machine than before ({other}): the last bits may differ from an undisturbed run's")
 
 
 def _finished_before(folder: RunFolder, console: Console) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def end_job(comm: World | Alone, folder: Path, text: str, printed: str, stuck: S
     faulthandler.dump_traceback_later(5, exit=True)  # if even that hangs
     for record in stuck:
         if record.pid != os.getpid():
-            _send(record, signal.SIGKILL)  # Open MPI's launcher waits for a stopped process
+            _send(record, signal.SIGKILL)  # a launcher may wait for a stopped process
     comm.abort(1)
 
 

@@ -11,6 +11,7 @@ import json
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -104,8 +105,7 @@ class OfTable:
 
     def __call__(self, folder):
         with h5py.File(chosen(folder, self.which), "r+") as file:
-            names = []
-            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            names = names_in(file)
             name = names[int(self.table * len(names))]
             values = file[name][()]
             if self.kind == "renamed":
@@ -181,14 +181,14 @@ class OfAttribute:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The index is given the sizes of the files that are there, and with `digests` all checksums of their tables."""
+    """The index is given the sizes of the files that are there, and with `checksums` those of all they hold."""
 
-    digests: bool
+    checksums: bool
 
     def __call__(self, folder):
         with h5py.File(folder / "index.h5", "r+") as index:
             found = {split: self._fit(folder, group) for split, group in index["splits"].items()}
-            if self.digests:
+            if self.checksums:
                 whole = json.dumps([index["features"].asstr()[()], found], sort_keys=True)
                 index.attrs["digest"] = hashlib.sha256(whole.encode()).hexdigest()
 
@@ -197,21 +197,46 @@ class Fitting:
         held = []
         for shard in shards:
             path = folder / shard["file"]
+            if self.checksums:
+                with h5py.File(path, "r+") as file, suppress(*ANYTHING):
+                    fit_crc32(file)
+                with h5py.File(path) as file, suppress(*ANYTHING):
+                    tables = {name: file[name][()] for name in names_in(file) if name.count("/") or name in TABLES}
+                    shard["digest"] = sha256(*vouched(tables))
+                    held.append(tables)
             shard["bytes"] = path.stat().st_size
-            if self.digests:
-                with h5py.File(path) as file:
-                    names = [f"crc32/{name}" for name in file["crc32"]] + [f"items/{n}" for n in file.get("items", ())]
-                    tables = {name: file[name][()] for name in ("offsets", "ids", *names)}
-                shard["digest"] = sha256(*vouched(tables))
-                held.append(tables)
-        if self.digests:
-            sizes, ids = (np.concatenate(parts) for parts in ([np.diff(t["offsets"]) for t in held], [t["ids"] for t in held]))
-            crc32 = {name: sha256(*(t[f"crc32/{name}"] for t in held)) for name in digests["crc32"]}
-            digests |= {"sizes": sha256(sizes), "ids": digests["ids"] and sha256(ids), "crc32": crc32}
+        with suppress(*ANYTHING):
+            if self.checksums:
+                digests["sizes"] = sha256(np.concatenate([np.diff(tables["offsets"]) for tables in held]))
+                digests["ids"] = digests["ids"] and sha256(np.concatenate([tables["ids"] for tables in held]))
+                crc32 = {name: sha256(*(tables[f"crc32/{name}"] for tables in held)) for name in digests["crc32"]}
+                digests["crc32"] = crc32
         for name, value in {"shards": shards, "digests": digests}.items():
             del group[name]
             group[name] = json.dumps(value)
         return digests
+
+
+TABLES = ("offsets", "ids")
+ANYTHING = (ArithmeticError, KeyError, OSError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
+
+
+def names_in(file):
+    names = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names
+
+
+def fit_crc32(file):
+    """Checksums of what each client of a shard holds now."""
+    offsets = file["offsets"][()]
+    for name in file["crc32"]:
+        values, lengths, starts = file[name][()], None, offsets
+        if f"items/{name}" in file:
+            lengths, starts = file[f"lengths/{name}"][()], file[f"items/{name}"][()]
+        for client, (start, stop) in enumerate(pairwise(starts)):
+            before = 0 if lengths is None else zlib.crc32(lengths[offsets[client] : offsets[client + 1]].tobytes())
+            file[f"crc32/{name}"][client] = zlib.crc32(values[start:stop].tobytes(), before)
 
 
 attributes = st.sampled_from(["format", "version", "digest"])
@@ -233,7 +258,7 @@ of_dataset = st.one_of(
 def damage(folder, steps):
     """Do it; what was done first may leave nothing to do for the next."""
     for step in steps:
-        with suppress(KeyError, OSError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+        with suppress(*ANYTHING):
             step(folder)
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -101,9 +100,8 @@ class SlurmJob:
     def update(self, **fields):
         self.cluster.say("scontrol", "update", f"JobId={self.number}", *(f"{k}={v}" for k, v in fields.items()))
 
-    def ends_in(self, seconds: float):
-        """Move its end time, as if its limit had been that: limits themselves are whole minutes."""
-        self.update(EndTime=(datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S"))
+    def cancel(self):
+        self.cluster.say("scancel", self.number)
 
     @property
     def log(self) -> str:

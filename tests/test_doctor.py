@@ -5,22 +5,24 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mpifl import comm as mpi
-from mpifl.comm import Alone
+from mpifl.comm import Alone, connect
 from mpifl.config import UserError, load
 from mpifl.doctor import __main__ as doctor
-from mpifl.doctor import probes
+from mpifl.doctor import probes, together
 from mpifl.doctor.checks import examine
 from mpifl.doctor.facts import Folder, Gpu, Memory, Needs, Problem, Rank, ranges, spoken
-from mpifl.doctor.together import clocks, lock
+from mpifl.doctor.together import clocks, try_run_folder
 
 TESTS = Path(__file__).parent
 ENV = {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
@@ -52,7 +54,6 @@ def healthy():
                 memory=Memory(free=16 * GIB, resident=GIB // 4),
                 digests={"jobs": "aa", "datasets": "bb", "initial models": "cc"},
                 needs=Needs(server=GIB, host=2 * GIB, down=GIB // 10, up=GIB // 5, disk=GIB) if number == 0 else None,
-                lock="held",
                 clock=(-0.001, 0.001),
             )
         )
@@ -94,11 +95,11 @@ def limited(**limits):
     return plant
 
 
-def locks_refused(key, forced=False):
+def locks_refused(key, setting=""):
     def plant(ranks):
         for rank in ranks:
             rank.folders.append(Folder(key, "/scratch", "lustre", GIB, "" if rank.rank < 3 else "No locks available"))
-            rank.settings = {"HDF5_USE_FILE_LOCKING": "TRUE"} if forced else {}
+            rank.settings = {"HDF5_USE_FILE_LOCKING": setting}
 
     return plant
 
@@ -147,20 +148,15 @@ PLANTED = {
         "run.out=FOLDER",
     ),
     "no file lock": (
-        on(0, lock="not locked: [Errno 37] No locks available"),
-        r"rank 0 on node0 cannot lock files in /runs \(nfs4\): \[Errno 37\] No locks",
-        "HDF5_USE_FILE_LOCKING=FALSE",
+        locks_refused("run.out"),
+        r"ranks 3-5 on node1 cannot lock files in /scratch \(lustre\): No locks available",
+        "export HDF5_USE_FILE_LOCKING=FALSE",
     ),
-    "lock server that hangs": (on(2, lock="no answer"), "rank 2 .* cannot lock .* does not answer", "run.out=FOLDER"),
-    "lock that others do not see": (on(3, 4, 5, lock="free"), "ranks 3-5 on node1 got a lock", "-o flock"),
-    "folder that others do not see": (on(4, lock="missing"), "rank 4 on node1 cannot see what", "all nodes share"),
-    "folder that is not writable": (on(0, lock="not written: Permission denied"), "cannot write to /runs", "run.out="),
+    "no file lock on shards": (locks_refused("data.path"), "ranks 3-5 on node1 cannot lock", "FILE_LOCKING=FALSE"),
+    "folder without an answer": (on(2, run_folder="no answer"), r"rank 2 .*: /runs .* does not answer", "run.out="),
+    "folder that others do not see": (on(4, run_folder="missing"), "rank 4 on node1 cannot see", "all nodes share"),
+    "folder that is not writable": (on(0, run_folder="not written: Denied"), "cannot write to /runs .*: D", "run.out="),
     "lock for staging": (locks_refused("data.stage"), "ranks 3-5 on node1 cannot lock .* /scratch", "data.stage="),
-    "lock forced on shards": (
-        locks_refused("data.path", forced=True),
-        "ranks 3-5 on node1 cannot lock shards in /scratch .* No locks available",
-        "HDF5_USE_FILE_LOCKING=FALSE",
-    ),
     "clock": (
         on(4, clock=(4.9, 5.1)),
         r"clock of rank 4 on node1 is 5.00 s ahead of that of rank 0 on node0 \(give or take 0.1000 s\)",
@@ -214,7 +210,7 @@ def test_server_that_is_to_have_its_own_gpu_shares_none():
         on(*range(6), gpu=None, needs=None),
         on(0, cores=[0, 1]),  # a server bound to two of four
         on(*range(6), clock=(-0.9, 3.0)),  # slow messages tell nothing
-        locks_refused("data.path"),  # shards are read without
+        locks_refused("run.out", setting="FALSE"),
         on(4, processor="Xeon"),
     ],
 )
@@ -342,22 +338,67 @@ def test_probe_that_fails_or_hangs_keeps_no_other_from_its_turn():
     assert (rank.processor, rank.doing) == ("seen", "hangs")
 
 
-def test_lock_that_is_refused_is_reported_with_the_reason(tmp_path, monkeypatch):
-    rank = Rank()
-    lock(rank, Alone(), tmp_path, 10)
-    assert (rank.lock, list(tmp_path.iterdir())) == ("held", [])
+def test_lock_that_is_refused_is_reported_with_the_reason(here, monkeypatch):
+    job = load(JOB | {"data": {"path": "data"}, "run": {"out": "out"}})
+    (here / "data").mkdir()
+    (here / "data/index.h5").write_bytes(b"")
+
+    def locks():
+        rank = Rank()
+        probes.storage(rank, Alone(), job)
+        assert [path.name for path in here.rglob("*")] == ["data", "index.h5"]
+        return {folder.key: folder.lock for folder in rank.folders}
+
+    assert locks() == {"data.path": "", "run.out": ""}
+    with open(here / "data/index.h5") as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+        assert locks() == {"data.path": "", "run.out": ""}, "who has it locked shows that there are locks"
 
     def no_locks(file, kind):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    lock(rank, Alone(), tmp_path, 10)
-    assert rank.lock == "not locked: [Errno 37] No locks available"
-    monkeypatch.setattr(fcntl, "flock", lambda file, kind: time.sleep(60))
-    lock(rank, Alone(), tmp_path, 0.1)
-    assert rank.lock == "no answer"
-    lock(rank, Alone(), tmp_path / "nowhere", 10)
-    assert rank.lock == "not written: No such file or directory"
+    assert locks() == dict.fromkeys(("data.path", "run.out"), "[Errno 37] No locks available")
+
+
+def test_run_folder_that_cannot_be_written_or_does_not_answer(tmp_path, monkeypatch):
+    rank = Rank()
+    try_run_folder(rank, Alone(), tmp_path, 10)
+    assert (rank.run_folder, list(tmp_path.iterdir())) == ("", [])
+    try_run_folder(rank, Alone(), tmp_path / "to/be/made", 10)
+    assert (rank.run_folder, list(tmp_path.iterdir())) == ("", [])
+    try_run_folder(rank, Alone(), "/proc/nowhere", 10)
+    assert rank.run_folder.startswith("not written: ")
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **options: time.sleep(60))
+    try_run_folder(rank, Alone(), tmp_path, 0.1)
+    assert rank.run_folder == "no answer"
+
+
+@pytest.mark.mpi(ranks=3)
+def test_rank_that_does_not_see_the_file_of_rank_0_says_so(monkeypatch):
+    world, rank = connect(), Rank()
+    monkeypatch.setattr(together, "UNSEEN_SECONDS", 0.3)
+    if world.rank == 2:  # as if it were on another node, with a folder of its own there
+        monkeypatch.setattr(together, "Path", lambda path: Path(f"{path}.elsewhere"))
+    with tempfile.TemporaryDirectory() as folder:
+        try_run_folder(rank, world, Path(folder), 10)
+        assert rank.run_folder == ("missing" if world.rank == 2 else "")
+        assert not os.listdir(folder)
+
+
+def test_gpu_is_told_by_its_id(monkeypatch):
+    import torch
+
+    ids = ["GPU-a", "GPU-b"]
+    of = lambda index: SimpleNamespace(name="H200", uuid=ids[index])  # noqa: E731
+    fakes = {"current_device": lambda: 1, "device_count": lambda: 2, "mem_get_info": lambda: (5, 9)}
+    for name, fake in (fakes | {"get_device_properties": of}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    rank = Rank()
+    probes.gpu(rank, Alone(), load(JOB))
+    assert rank.gpu is None
+    probes.gpu(rank, Alone(), load(JOB | {"run": {"device": "cuda"}}))
+    assert rank.gpu == Gpu("GPU-b", "H200", 5, ids)
 
 
 class SlowWorld(Alone):
@@ -381,12 +422,12 @@ def test_clocks_lie_within_their_bounds_which_are_as_wide_as_a_round_trip():
 
 
 def test_mpich_under_a_launcher_that_it_cannot_speak_to_is_refused(monkeypatch):
-    monkeypatch.setenv("PMIX_RANK", "0")
+    monkeypatch.setenv("PMIX_NAMESPACE", "prterun-1")
     mpi._refuse_pmix("Open MPI v5.0.11")
     mpi._refuse_pmix("MPICH Version: 4.3\nMPICH configure: --with-pmix=/opt")
     with pytest.raises(UserError, match=r"PMIx.*MPICH 5.0.2.*srun --mpi=pmi2"):
         mpi._refuse_pmix("MPICH Version:      5.0.2\nMPICH configure: --with-pm=hydra")
-    monkeypatch.delenv("PMIX_RANK")
+    monkeypatch.setenv("PMI_FD", "7")  # its own mpirun, within a step of the other
     mpi._refuse_pmix("MPICH Version:      5.0.2\nMPICH configure: --with-pm=hydra")
 
 

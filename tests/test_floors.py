@@ -15,13 +15,12 @@ FLOORS = {
     "ground": ["config", "tree", "rand", "optim", "perceptron", "schedule", "process"],
     "contracts": ["work", "model"],
     "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement", "faults"],
-    "one rank": ["data.*", "engine.*", "process"],
+    "one rank": ["data.*", "engine.*"],
     "fleet": ["comm", "flat", "node", "messages", "fleet", "sharded", "checkpoint"],
     "programs": [
         *("train", "evaluate", "bench.*", "doctor.*", "plan", "build", "console"),
         *("results", "scoring", "journal", "baselines", "launch", "session", "command_line", "dry_run", "profiling"),
-        *("stopping", "lock", "watchdog", "supervise", "status", "doctor.*", "report", "reporting.*", "writers"),
-        *("lock", "watchdog", "status", "supervise"),
+        *("stopping", "lock", "watchdog", "supervise", "status", "report", "reporting.*", "writers"),
     ],
 }
 ORDER = list(FLOORS)

@@ -1,9 +1,10 @@
-"""Thousands of broken job files and datasets: each either works or is refused in one line.
+"""Thousands of mutated job files, datasets and runs: each one works or is refused in one line.
 
-A job that is refused ends with status 2 and leaves everything as it was; a run that works wrote a summary of rounds
-that really ran. Nothing hangs, and nothing that was there before is changed.
+What is refused before it starts ends with status 2 and leaves everything as it was; what turns out to be damaged once
+training began, with status 1. Nothing hangs, prints a traceback or a warning, or changes what was there before. What
+works trained, and on files whose checksums still fit it gives the bits of an undamaged run.
 
-MPIFL_FUZZ=N draws N examples per test at random, instead of the same ones each time.
+MPIFL_FUZZ=N draws N mutations per test at random; without it they are the same ones each time.
 """
 
 import json
@@ -21,22 +22,23 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import mutations
+import numpy as np
 import pytest
+from damage import Fitting, FittingMarks, damage, of_dataset, of_run
 from hypothesis import HealthCheck, Phase, assume, given, settings
-from mutations import JobFile, byte_edits, jobs, toml_lines
+from mutations import BASES, TEXTS, JobFile, jobs, toml_lines
 from shard_files import FEATURES, plant
 
 import mpifl
 
 ROOT, HERE = Path(mpifl.__file__).parent.parent, Path(__file__).parent
-SECONDS = 12
-"""A mutation that takes longer hangs; the slowest takes half a second on an idle core."""
 EXPLORED = int(os.environ.get("MPIFL_FUZZ", 0))
+SECONDS = 60 if EXPLORED else 20
+"""What takes longer hangs; the slowest mutation takes a third of a second on an idle core."""
 
 
 def examples(number):
-    """So many examples, the same ones each time, or as many at random as the environment says."""
+    """So many mutations, the same ones each time, or as many at random as the environment says."""
     return settings(
         max_examples=EXPLORED or number,
         derandomize=not EXPLORED,
@@ -48,12 +50,12 @@ def examples(number):
     )
 
 
-# ---- running
+# ---- commands
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: status, or minus the signal; what it printed; its folder before and after."""
+    """How a command ended: its status, what it printed, and what was in its folder before and after."""
 
     status: int
     out: str
@@ -66,62 +68,58 @@ class Outcome:
         return self.after.keys() - self.before.keys()
 
 
-class Server:
-    """tests/command_server.py, started again after each command that killed it."""
+class Commands:
+    """Runs command lines by tests/command_server.py, which is started again when one killed it."""
 
     def __init__(self, folder):
-        self.folder, self.numbers, self.process, self.files = folder, count(), None, None
+        self.folder, self.numbers, self.server, self.files = folder, count(), None, None
 
     def start(self):
         own = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "MPI", "HYDRA"))}
-        settings = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        with open(self.folder / "server", "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, HERE / "command_server.py"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=own | settings,
-                cwd=self.folder,
-                text=True,
-                start_new_session=True,
-            )
-        assert self.answer(60) == "ready\n", (self.folder / "server").read_text()
-        self.run(["job.toml"], fill(JobFile(toml_lines(mutations.BASES["batched"]).encode())))  # imports the rest
+        self.server = subprocess.Popen(
+            [sys.executable, HERE / "command_server.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=own | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+            cwd=self.folder,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.answer(60) == "ready\n"
+        self.run(["job.toml"], filled(JobFile(toml_lines(BASES["batched"]).encode())))  # imports the rest
 
     def answer(self, seconds):
-        """The next line, "" if the process ended; None if neither comes in time."""
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline() if ready else None
+        """The server's next line: "" when it is dead, None when it hangs."""
+        ready, _, _ = select.select([self.server.stdout], [], [], seconds)
+        return self.server.stdout.readline() if ready else None
 
     def stop(self):
-        if self.process is not None:
+        if self.server is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
-        self.process = None
+                os.killpg(self.server.pid, signal.SIGKILL)
+            self.server.wait()
+            self.server.stdin.close()
+            self.server.stdout.close()
+        self.server = None
 
-    def run(self, arguments, fill=lambda folder: None, fork=False):
+    def run(self, arguments, fill, fork=False):
         """Run a command in a new folder, once `fill` has put into it what is to be there."""
-        if self.process is None:
+        if self.server is None:
             self.start()
         folder = self.folder / f"job{next(self.numbers)}"
         folder.mkdir()
         fill(folder)
         before = contents(folder)
         request = {"folder": str(folder), "arguments": list(arguments), "fork": fork}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        print(json.dumps(request), file=self.server.stdin, flush=True)
         answer = self.answer(SECONDS)
         if answer is None:
-            os.kill(self.process.pid, signal.SIGABRT)
-            self.process.wait()
+            os.kill(self.server.pid, signal.SIGABRT)
+            self.server.wait()
         out, err = (Path(f"{folder}.{name}").read_text(errors="replace") for name in ("stdout", "stderr"))
         if not answer:
-            told = "it hung" if answer is None else "it died"
             self.stop()
-            pytest.fail(f"{told}: {arguments}\n{out}\n{err}")
+            pytest.fail(f"{'hung' if answer is None else 'died'}: {arguments}\n{out[-2000:]}\n{err[:4000]}")
         status, threads, files = json.loads(answer)
         outcome = Outcome(status, out, err, before, contents(folder))
         shutil.rmtree(folder)
@@ -140,23 +138,28 @@ def contents(folder):
     return found
 
 
+# ---- what there is to be mutated
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     make_data(folder / "data")
-    server = Server(folder)
-    yield server
-    server.stop()
+    commands = Commands(folder)
+    yield commands
+    commands.stop()
 
 
 def make_data(folder):
     folder.mkdir()
     dense = {
+        "t": FEATURES["t"],
         "x": {"dtype": "uint8", "mean": 0.0, "shape": [1, 6, 6], "std": 16.0},
         "y": {"classes": 3, "dtype": "int32", "shape": []},
     }
+    tokens = {name: {"classes": 9, "dtype": "uint8", "shape": [4]} for name in "xy"}
     plant(folder / "dense", splits(dense), dense)
-    tokens = {name: {"classes": 9, "dtype": "uint8", "shape": [4]} for name in "xy"} | {"t": FEATURES["t"]}
+    plant(folder / "packed", splits(dense), dense, chunks=True, compression="gzip")
     plant(folder / "tokens", splits(tokens), tokens)
 
 
@@ -167,8 +170,6 @@ def splits(features):
 
 
 def columns(features, rows, seed):
-    import numpy as np
-
     random = np.random.RandomState(seed)
     return {
         name: random.randint(0, spec.get("classes", 200), (rows, *spec["shape"])).astype(spec["dtype"])
@@ -176,56 +177,7 @@ def columns(features, rows, seed):
     }
 
 
-# ---- what must hold
-
-
-class Tally:
-    """What mutations came to: how many there were, how many worked, and the kinds of messages of the others."""
-
-    def __init__(self):
-        self.ended, self.kinds = Counter(), Counter()
-
-    def judge(self, outcome):
-        """Check what holds of every outcome, and count it."""
-        worked = outcome.status in (0, 75)
-        assert "Traceback" not in outcome.err + outcome.out and "Warning" not in outcome.err, outcome.err
-        assert outcome.status in (0, 1, 2, 75), outcome
-        changed = [name for name, kept in outcome.before.items() if outcome.after.get(name, "gone") != kept]
-        assert not changed, f"changed: {changed}"
-        if worked:
-            self.ended["worked"] += 1
-            return
-        assert outcome.err.startswith("mpifl: ") and outcome.err.endswith("\n"), outcome
-        assert outcome.err.count("\n") == 1, f"more than one line: {outcome.err}"
-        if outcome.status == 2:
-            assert not outcome.out and not outcome.new, f"refused, but made or said {outcome.new} {outcome.out}"
-        self.ended["refused" if outcome.status == 2 else "failed"] += 1
-        self.kinds[kind_of(outcome.err)] += 1
-
-    def show(self, what):
-        worked, refused, failed = (self.ended[name] for name in ("worked", "refused", "failed"))
-        print(f"{what}: {self.ended.total()} mutations, {worked} worked, {refused} refused, {failed} failed in training;")
-        print(f"{len(self.kinds)} distinct messages, {sum(self.kinds.values())} in all")
-
-
-def kind_of(message):
-    """A message without the values, names and paths that it quotes."""
-    return re.sub(r"""'[^']*'|"[^"]*"|\([^)]*\)|\S*/\S*|-?\d[\w.]*|\[.*\]|\{.*\}""", "_", message)[:60]
-
-
-def assert_trained(outcome):
-    """A run ended well: rounds ran, each wrote its line, and the summary says so."""
-    summaries = [json.loads(kept) for name, kept in outcome.after.items() if Path(name).name == "summary.json"]
-    runs = [summary for summary in summaries if "rounds" in summary]
-    assert runs
-    for summary in runs:
-        (folder,) = {Path(name).parent for name in outcome.after if name.endswith("summary.json")} if len(runs) == 1 else {None}
-        if folder is not None:
-            lines = outcome.after[str(folder / "metrics.jsonl")].splitlines()
-            assert len(lines) == summary["rounds"] >= 1 and summary["steps"] >= 0
-
-
-def fill(job):
+def filled(job):
     """A function that fills a folder with a job's file, and with what is to be at `out`."""
 
     def fill(folder):
@@ -235,7 +187,7 @@ def fill(job):
     return fill
 
 
-def _holding(name, text):
+def holding(name, text):
     def make(out):
         out.mkdir()
         (out / name).write_text(text)
@@ -246,12 +198,12 @@ def _holding(name, text):
 PLACES = {
     "nothing": lambda out: None,
     "file": lambda out: out.write_text("precious"),
-    "folder": _holding("notes.txt", "precious"),
+    "folder": holding("notes.txt", "precious"),
     "empty folder": lambda out: out.mkdir(),
     "link to nothing": lambda out: out.symlink_to("nowhere"),
     "loop": lambda out: out.symlink_to("out"),
-    "other run": _holding("config.toml", toml_lines(mutations.BASES["dense"] | {"seed": 5})),
-    "broken run": _holding("config.toml", "rounds = "),
+    "other run": holding("config.toml", toml_lines(BASES["dense"] | {"seed": 5})),
+    "broken run": holding("config.toml", "rounds = "),
 }
 
 
@@ -261,7 +213,124 @@ def leaves_the_folder(job):
     with suppress(ValueError, RecursionError):
         table = tomllib.loads(job.text.decode())
         words += [table.get("name"), *(table[k].get(v) for k, v in OUT if isinstance(table.get(k), dict))]
-    return any(isinstance(word, str) and word.startswith(("/", "~")) and word not in mutations.TEXTS for word in words)
+    return any(isinstance(word, str) and word.startswith(("/", "~")) and word not in TEXTS for word in words)
 
 
 OUT = (("run", "out"), ("data", "stage"))
+
+# ---- what must hold
+
+
+class Tally:
+    """What mutations came to: how many there were, how many worked, and the messages of the others by kind."""
+
+    def __init__(self):
+        self.ended, self.kinds = Counter(), Counter()
+
+    def judge(self, outcome):
+        """Check what holds of every outcome, count it, and say whether it worked."""
+        assert "Traceback" not in outcome.err + outcome.out and "Warning" not in outcome.err, outcome.err
+        assert outcome.status in ENDS, f"status {outcome.status}: {outcome.err}"
+        changed = [name for name, kept in outcome.before.items() if outcome.after.get(name, "gone") != kept]
+        assert not [name for name in changed if not MAY_CHANGE.search(name)], f"changed: {changed}"
+        self.ended[ENDS[outcome.status]] += 1
+        if ENDS[outcome.status] == "worked":
+            return True
+        lines = [line for line in outcome.err.splitlines() if " is damaged: " not in line]  # one checkpoint of several
+        assert len(lines) == 1 and lines[0].startswith("mpifl: "), f"not one line: {outcome.err}"
+        if outcome.status == 2:
+            new = [name for name in outcome.new if not MAY_CHANGE.search(name)]
+            assert not outcome.out and not new, f"refused, but made {new} and said {outcome.out}: {outcome.err}"
+        self.kinds[kind_of(outcome.err)] += 1
+        return False
+
+    def show(self, what):
+        """Print it, as figures for people."""
+        ends = ", ".join(f"{number} {end}" for end, number in sorted(self.ended.items()))
+        print(f"\n{what}: {self.ended.total()} mutations: {ends}; {len(self.kinds)} distinct messages")
+
+
+ENDS = {0: "worked", 75: "worked", 2: "refused", 1: "failed in training"}
+MAY_CHANGE = re.compile(r"(^|/)(lock|status)(/|$)")
+"""What says who is at work in a run folder."""
+
+
+def kind_of(message):
+    """A message without the values, names and paths that it quotes."""
+    return re.sub(r"""'[^']*'|"[^"]*"|\([^)]*\)|\S*/\S*|-?\d[\w.]*|\[.*\]|\{.*\}""", "_", message)[:60]
+
+
+def summaries(outcome):
+    """Summaries of runs that were written."""
+    found = [json.loads(kept) for name, kept in outcome.after.items() if name.endswith("summary.json")]
+    return [summary for summary in found if "digest" in summary]
+
+
+def assert_trained(outcome):
+    """Every run of a command that worked took all of its rounds, or stopped early with a checkpoint."""
+    if outcome.status == 75:
+        assert any(name.endswith("COMPLETE") for name in outcome.new)
+        return
+    runs = {name for name in outcome.after if name.endswith("metrics.jsonl")}
+    found = summaries(outcome)
+    assert len(found) == len(runs) >= 1
+    assert sum(outcome.after[name].count(b"\n") for name in runs) == sum(summary["rounds"] for summary in found)
+
+
+def tally_of(mutations, number, try_one, what):
+    """Try so many mutations; print and return what they came to."""
+    tally = Tally()
+
+    @examples(number)
+    @given(mutations)
+    def check(mutation):
+        try_one(tally, mutation)
+
+    check()
+    tally.show(what)
+    return tally
+
+
+# ---- the tests
+
+
+def test_mutated_jobs_train_or_are_refused(commands):
+    def try_one(tally, job):
+        assume(not leaves_the_folder(job))
+        outcome = commands.run(["job.toml", *job.arguments], filled(job))
+        if tally.judge(outcome) and not {"--help", "--version", "--dry-run"} & set(job.arguments):
+            assert_trained(outcome)
+
+    tally = tally_of(jobs(), 1400, try_one, "jobs")
+    assert tally.ended["worked"] >= 280 and len(tally.kinds) >= 100 and tally.ended.total() >= 1400
+
+
+def with_data(name, steps=()):
+    """A function that fills a folder with a job that visits every client of a dataset, which is damaged."""
+
+    def fill(folder):
+        table = BASES["dense"] | {"rounds": 1, "data": {"path": "data"}, "model": {"name": "logistic"}}
+        (folder / "job.toml").write_text(toml_lines(table))
+        shutil.copytree(folder.parent / "data" / name, folder / "data")
+        damage(folder / "data", steps)
+
+    return fill
+
+
+@pytest.fixture(scope="module")
+def undamaged(commands):
+    (summary,) = summaries(commands.run(["job.toml"], with_data("dense")))
+    return summary["digest"]
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_damaged_datasets_train_to_the_same_bits_or_are_refused(commands, undamaged, storage):
+    def try_one(tally, steps):
+        outcome = commands.run(["job.toml", "--quiet"], with_data(storage, steps))
+        if tally.judge(outcome):
+            assert_trained(outcome)
+            (summary,) = summaries(outcome)
+            assert summary["digest"] == undamaged or Fitting(True) in steps
+
+    tally = tally_of(of_dataset, 250, try_one, f"{storage} shards")
+    assert tally.ended["worked"] >= 20 and len(tally.kinds) >= 15

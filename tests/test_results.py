@@ -66,7 +66,7 @@ def plain(done):
 def test_the_folder_holds_what_a_finished_run_leaves(done):
     names = {str(path.relative_to(done[0])) for path in done[0].rglob("*")}
     files = {"config.toml", "metrics.jsonl", "summary.json", "log.txt", "model.safetensors"}
-    assert names == files | {"status", "status/rank-00000"}
+    assert names == files | {"status", "status/rank-00000", "status/stacks-00000.txt", "lock", "lock/00000001"}
 
 
 def test_its_configuration_gives_the_same_job(done):
@@ -135,10 +135,15 @@ def test_a_run_that_fails_leaves_no_summary(tmp_path):
 def test_a_folder_in_use_is_refused_and_an_empty_one_is_used(done, tmp_path):
     before = {path: path.read_bytes() for path in done[0].rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="which already exists"):
-        mpifl.run(train.DEFAULT_JOB, [*OVERRIDES, f"run.out={done[0]}"])
+        mpifl.run(train.DEFAULT_JOB, [*OVERRIDES, f"run.out={done[0]}", "run.resume=never"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="which already exists"):
+        mpifl.run(train.DEFAULT_JOB, [*OVERRIDES, f"run.out={tmp_path / 'other'}"])
     assert {path: path.read_bytes() for path in done[0].rglob("*") if path.is_file()} == before
-    summary = mpifl.run(train.DEFAULT_JOB, ["rounds=1", "cohort=1", "baselines=false", f"run.out={tmp_path}"])
-    assert (tmp_path / "summary.json").exists() and summary["baselines"] == {}
+    (tmp_path / "out").mkdir()
+    summary = mpifl.run(train.DEFAULT_JOB, ["rounds=1", "cohort=1", "baselines=false", f"run.out={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "summary.json").exists() and summary["baselines"] == {}
 
 
 def test_files_of_the_dataset_are_closed_after_a_run_and_after_an_evaluation(tmp_path):

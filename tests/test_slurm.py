@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -128,30 +129,43 @@ def undisturbed(cluster):
     return json.loads((cluster.home / "undisturbed" / "summary.json").read_text())["digest"]
 
 
+def hold(submit, folder, name, seconds, options=()):
+    """Submit the small job with rounds of so many seconds, until `job.go_on()`; its command is `job.words`."""
+    go = folder / "go"
+    metrics = f'run.metrics=[{{name="slurm_cluster:held",until="{go}",seconds={float(seconds)}}}]'
+    job = submit(name, *SMALL, metrics, options=("--ntasks=3", *options))
+    job.go_on, job.words = go.touch, (*SMALL, metrics)
+    return job
+
+
+@pytest.fixture
+def held(submit, tmp_path):
+    """`hold`, once; what still runs at the end of the test is cancelled."""
+    with ExitStack() as ends:
+
+        def held(*words, **options):
+            job = hold(submit, tmp_path, *words, **options)
+            ends.callback(job.cancel)
+            return job
+
+        yield held
+
+
 @pytest.fixture(scope="module")
-def held(submit, tmp_path_factory):
-    """Submit the small job with rounds of so many seconds, until `job.go_on()`."""
-
-    def held(name, seconds, *words, options=()):
-        go = tmp_path_factory.mktemp("held") / "go"
-        metrics = f'run.metrics=[{{name="slurm_cluster:held",until="{go}",seconds={float(seconds)}}}]'
-        job = submit(name, *SMALL, metrics, *words, options=("--ntasks=3", *options))
-        job.go_on, job.words = go.touch, (*SMALL, metrics, *words)
-        return job
-
-    return held
-
-
-@pytest.fixture(scope="module")
-def signalled(held):
+def signalled(submit, tmp_path_factory):
     """A job that Slurm will send the signal of the file: within half a minute, and its time limit is far."""
-    return held("requeue", 5, options=("--time=20", "--signal=B:USR1@1200"))
+    options = ("--time=20", "--signal=B:USR1@1200")
+    job = hold(submit, tmp_path_factory.mktemp("signalled"), "requeue", 5, options=options)
+    yield job
+    job.cancel()
 
 
 @pytest.fixture(scope="module")
-def limited(held):
-    """A job whose time limit comes without a signal."""
-    return held("local", 6, options=("--time=1",))
+def limited(submit, tmp_path_factory):
+    """A job whose time limit comes without a signal, within the minute."""
+    job = hold(submit, tmp_path_factory.mktemp("limited"), "local", 6, options=("--time=1",))
+    yield job
+    job.cancel()
 
 
 @needs_slurm
@@ -260,7 +274,7 @@ def test_job_that_an_administrator_requeues_goes_on(cluster, held, undisturbed):
 def test_cancelled_job_is_not_requeued_and_another_goes_on_from_its_checkpoint(cluster, submit, held, undisturbed):
     job = held("local", 1)
     job.wait_for_rounds(2)
-    cluster.say("scancel", job.number)
+    job.cancel()
     assert job.wait_to_end() == "CANCELLED"
     assert job.shown("Restarts") == "0"
     assert max(job.checkpoints()) >= 2 and not (job.out / "summary.json").exists()

@@ -58,7 +58,7 @@ def test_a_time_limit_is_kept_and_the_run_goes_on_until_it_is_done(launch, tmp_p
     assert done.returncode == STATUS and "stopped by run.time_limit" in done.stdout
     [rounds] = [found.rounds for found in complete(tmp_path / "out" / "checkpoints")]
     done = launch(None, *words, f"rounds={rounds + 2}", timeout=60)
-    assert done.returncode == 0 and f"going on after round {rounds} of {rounds + 2}" in done.stdout
+    assert done.returncode == 0 and f"going on after round {rounds} " in done.stdout
 
 
 def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch):

@@ -1,7 +1,8 @@
-"""Rounds written elsewhere too: the same numbers in the same order, by rank 0 alone, and never at training's expense."""
+"""Rounds written elsewhere too: the same numbers in order, by rank 0 alone, and never at training's expense."""
 
 import importlib.util
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 
 import mpifl
 from mpifl import train, writers
-from mpifl.comm import Alone, connect
+from mpifl.comm import Alone
 from mpifl.config import UserError, load
-from mpifl.writers import Writers, numbers
+from mpifl.writers import numbers
 
 ROOT = Path(__file__).parents[1]
 ROUNDS, EVAL_EVERY = 4, 2
@@ -68,8 +69,8 @@ def lines(out):
 def test_rank_0_alone_tells_a_writer_what_metrics_has_and_the_summary(tmp_path, told):
     out = tmp_path / "out"
     summary = mpifl.run(job(out, "tensorboard"))
-    if summary is None:
-        assert connect().rank > 0 and told == {"tensorboard": [], "mlflow": []}
+    if summary is None:  # this is another rank
+        assert told == {"tensorboard": [], "mlflow": []}
         return
     assert told["tensorboard"] == [
         ("open", out, ROUNDS),
@@ -100,7 +101,7 @@ def test_a_writer_that_cannot_start_ends_the_run_with_its_reason(tmp_path, told,
         raise ValueError("No API key.")
 
     monkeypatch.setattr(writers.WRITERS["tensorboard"], "open", no_key)
-    with pytest.raises(UserError, match="tensorboard cannot start: No API key$"):
+    with pytest.raises(UserError, match=r"tensorboard cannot start: No API key$"):
         mpifl.run(job(tmp_path / "out", "tensorboard"), comm=Alone())
 
 
@@ -142,17 +143,16 @@ def needs(*modules):
 
 @pytest.fixture
 def trained(launch, tmp_path):
-    """Train on three ranks in two starts, the second of which goes on after half of the rounds: the run folder."""
+    """Train half of the rounds, lose the last of these, and go on to the end, in two starts: the run folder."""
 
     def trained(name, **env):
         out = tmp_path / "out"
-        (tmp_path / "job.json").write_text(json.dumps(job(out, name)))
-        program = f"import json, mpifl; mpifl.run(json.load(open({str(tmp_path / 'job.json')!r})), ['rounds=%d'])"
+        code = "import json, sys, mpifl; mpifl.run(json.loads(sys.argv[1]), sys.argv[2:])"
         for rounds in (ROUNDS // 2, ROUNDS):
-            words = ["run.save_every=1", f"rounds={rounds}"]
-            code = program.replace("['rounds=%d']", repr(words))
-            done = launch(3, "-c", code, env={"PYTHONPATH": str(ROOT), **env}, cwd=tmp_path, timeout=120)
+            arguments = json.dumps(job(out, name)), "run.save_every=1", "run.eval_every=1", f"rounds={rounds}"
+            done = launch(None, "-c", code, *arguments, env={"PYTHONPATH": str(ROOT), **env}, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
+            shutil.rmtree(out / "checkpoints" / f"round-{rounds:08d}")
         return out
 
     return trained
@@ -166,12 +166,13 @@ def read(launch, code, *arguments, **env):
 
 
 def expected(out):
-    """Round and test accuracy, of the rounds that have one."""
-    return [[record["round"], record["scores"]["accuracy"]] for record in lines(out) if "scores" in record]
+    """Round and test accuracy of all rounds."""
+    found = [[record["round"], record["scores"]["accuracy"]] for record in lines(out)]
+    assert len(found) == ROUNDS and len({accuracy for _, accuracy in found}) > 1
+    return found
 
 
 @needs("tensorboard")
-@pytest.mark.launches
 def test_tensorboard_reads_the_curves_back(trained, launch):
     code = """
 import json, sys
@@ -183,11 +184,9 @@ print(json.dumps([[event.step, event.value] for event in found.Scalars("scores/a
     out = trained("tensorboard")
     found = read(launch, code, out / "tensorboard")
     assert found == [[round, pytest.approx(value, rel=1e-6)] for round, value in expected(out)]
-    assert len(found) >= ROUNDS // EVAL_EVERY
 
 
 @needs("mlflow")
-@pytest.mark.launches
 def test_mlflow_reads_the_curves_of_one_run_back(trained, launch):
     code = """
 import json, sys
@@ -195,7 +194,8 @@ from mlflow import MlflowClient
 client = MlflowClient(tracking_uri=sys.argv[1])
 [run] = client.search_runs([client.get_experiment_by_name("job").experiment_id])
 history = client.get_metric_history(run.info.run_id, "scores/accuracy")
-print(json.dumps([[[one.step, one.value] for one in history], run.info.status, run.data.tags["digest"]]))
+curve = sorted({(one.step, one.value) for one in history})  # a round that was done again is there twice, the same
+print(json.dumps([curve, run.info.status, run.data.tags["digest"]]))
 """
     out = trained("mlflow")
     uri, allow = (out / "mlflow").as_uri(), {"MLFLOW_ALLOW_FILE_STORE": "true"}
@@ -204,7 +204,6 @@ print(json.dumps([[[one.step, one.value] for one in history], run.info.status, r
 
 
 @needs("wandb")
-@pytest.mark.launches
 def test_wandb_offline_has_the_curves(trained):
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -217,7 +216,8 @@ def test_wandb_offline_has_the_curves(trained):
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
                 if "scores/accuracy" in items:
                     found.append([int(items["round"]), float(items["scores/accuracy"])])
-    assert found == expected(out)
+    first = ROUNDS // 2
+    assert found[:first] + found[first + 1 :] == expected(out) and found[first] == found[first - 1]  # done again
 
 
 def logged(data):

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from mpifl.config import UserError
-from mpifl.data.format import Feature, aligned_empty, damaged, padded
+from mpifl.data.format import Feature, aligned_empty, damaged, padded, wrong_value
 
 PLUGINS = ("zstd", "blosc")
 """Compressions that need the package hdf5plugin, to write and to read."""
@@ -98,8 +98,9 @@ class Column:
                 found = f"{len(self.items) - 1} and {self.lengths.shape} {self.lengths.dtype}"
                 problem = f"items and lengths of '{self.name}' are for {found}, not {clients} and {rows}"
                 raise damaged(self.path, problem)
-        if self.crc32.shape != (clients,):
-            raise damaged(self.path, f"it has {self.crc32.shape[0]} checksums of '{self.name}' for {clients} clients")
+        if self.crc32.shape != (clients,) or self.crc32.dtype != np.uint32:
+            found = f"{self.crc32.dtype} {self.crc32.shape}, not uint32 {(clients,)}"
+            raise damaged(self.path, f"checksums of '{self.name}' are {found}")
         if self.values.shape != shape or self.values.dtype != self.feature.dtype:
             found = f"{self.values.dtype} {self.values.shape}, not {self.feature.dtype} {shape}"
             raise damaged(self.path, f"column '{self.name}' is {found}")
@@ -116,6 +117,8 @@ class Column:
         for client in range(first, last):
             if self._crc32(stored, first, client) != crc32[client - first]:
                 return np.empty(0), client
+        if self.feature.classes is not None and (wrong := wrong_value(stored[0], self.feature)):
+            raise damaged(self.path, f"column '{self.name}' {wrong[1]}")
         return self._dense(stored, first, start, stop), None
 
     def all_crc32(self) -> np.ndarray:
@@ -151,7 +154,8 @@ class Column:
 
 
 def check_offsets(path: Path, name: str, offsets: np.ndarray) -> None:
-    """Raise UserError unless offsets start at 0 and never decrease."""
+    """Raise UserError unless offsets are integers that start at 0 and never decrease."""
     # h5py clips slices and answers reversed ones with empty arrays: nothing later would notice.
-    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+    whole = offsets.ndim == 1 and offsets.dtype == np.int64
+    if not whole or not len(offsets) or offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
         raise damaged(path, f"{name} must start at 0 and never decrease")

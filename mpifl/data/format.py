@@ -30,6 +30,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ import numpy as np
 from mpifl.config import UserError
 
 FORMAT, VERSION, INDEX = "mpifl-shards", 2, "index.h5"
+LARGEST_ROW = 2**31 - 1
 
 Columns = dict[str, np.ndarray]
 
@@ -66,19 +68,21 @@ class Feature:
             dtype = np.dtype(self.dtype)
         except TypeError:
             raise UserError(f"there is no dtype '{self.dtype}'; use NumPy's names, e.g. uint8") from None
-        if not plain_dtype(dtype) or min(self.shape, default=1) < 1:
-            raise UserError(f"rows of {dtype} {self.shape} cannot be stored; use numbers, sides at least 1")
+        sides = all(isinstance(side, Integral) and side >= 1 for side in self.shape)
+        if not plain_dtype(dtype) or not sides or math.prod(self.shape) > LARGEST_ROW:
+            allowed = f"use numbers, sides at least 1, at most {LARGEST_ROW} numbers in a row"
+            raise UserError(f"rows of {dtype} {self.shape} cannot be stored; {allowed}")
         object.__setattr__(self, "dtype", dtype.name)
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         for name in ("mean", "std", "names"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_scale()
-        if self.classes is not None and (dtype.kind not in "iu" or self.classes < 1):
+        if self.classes is not None and not (_fits(self.classes, dtype) and self.classes >= 1):
             raise UserError(f"classes {self.classes} of {dtype}: only integers have classes, at least 1")
         if self.names is not None and len(self.names) != self.classes:
             raise UserError(f"{len(self.names)} names for {self.classes} classes; give one each")
-        if self.pad is not None and (dtype.kind not in "iu" or not self.shape):
+        if self.pad is not None and not (_fits(self.pad, dtype) and self.shape):
             raise UserError(f"pad {self.pad} of {dtype} {self.shape}: only sequences of integers are padded")
 
     def _check_scale(self) -> None:
@@ -89,6 +93,13 @@ class Feature:
         if None in scale or not channels or not np.isfinite(scale).all() or np.min(self.std) <= 0:
             allowed = "give both or neither, a number or one per channel, std above 0"
             raise UserError(f"mean {self.mean} and std {self.std}: {allowed}")
+
+
+def _fits(value: Any, dtype: np.dtype) -> bool:
+    """Whether it is an integer of this dtype, or the number that comes after its largest."""
+    if dtype.kind not in "iu" or not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    return np.iinfo(dtype).min <= value <= np.iinfo(dtype).max + 1
 
 
 def plain_dtype(dtype: np.dtype) -> bool:

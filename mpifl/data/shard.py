@@ -180,6 +180,9 @@ class _Split:
     def checked(self, table: str) -> np.ndarray:
         """Table "sizes" or "ids" of all clients, if it is the one that the index was written with."""
         values = self.group[table][:]
+        if values.ndim != 1 or (table == "sizes" and values.dtype != np.int64):
+            found = f"{values.dtype} {values.shape}"
+            raise damaged(self.folder / INDEX, f"its {table} of split '{self.name}' are {found}")
         if self.digests[table] not in ("", tables_digest([values])):
             raise damaged(self.folder / INDEX, f"its {table} of split '{self.name}' are not those it was written with")
         return values

@@ -48,11 +48,12 @@ def main(arguments: Sequence[str] | None = None, patience: float = PATIENCE) -> 
     except UserError as error:
         print(f"mpifl: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
         if comm.size > 1:
-            comm.abort(1)
-        return 1
+            comm.abort(status)  # the others wait for this rank
+        return status
 
 
 def start_mpi_on_all_ranks() -> tuple[World | Alone, list[Problem]]:

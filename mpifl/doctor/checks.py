@@ -43,7 +43,9 @@ def library(ranks: Sequence[Rank], job: Job) -> Found:
     """MPI: which, what it can do, and how messages travel."""
     mpi = ranks[0].mpi
     yield Fact("launcher", ranks[0].launcher or "none")
-    name = ranks[0].versions["MPI"] if len(ranks) > 1 else mpi.get("version", "not found").partition("\n")[0]
+    name = (
+        ranks[0].versions["MPI"] if len(ranks) > 1 else mpi.get("version", "none that mpi4py finds").partition("\n")[0]
+    )
     if len(ranks) == 1:
         yield Fact("MPI", f"{' '.join(name.split())}; not in use, as this process is alone")
     else:

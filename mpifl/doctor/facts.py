@@ -86,9 +86,9 @@ class Rank:
     """What a rank found out; what it could not is left as it is, and `failed` says why: probe -> (exception, text).
 
     node: the lowest rank on the same node. launcher: what started it. mpi: what the library says of itself. allotted:
-    cores that its control group has. needs: known to rank 0. doing: the probe that had not ended in time. lock: of the
-    file that rank 0 locked in run.out: "held", "free" or "missing", else what went wrong. clock: seconds ahead of rank
-    0, at least and at most.
+    cores that its control group has. needs: known to rank 0. doing: the probe that had not ended in time. run_folder:
+    what is wrong with the file that rank 0 makes there, "" if nothing: "missing", "no answer" or "not written: why".
+    clock: seconds ahead of rank 0, at least and at most.
     """
 
     rank: int = 0
@@ -109,7 +109,7 @@ class Rank:
     memory: Memory | None = None
     digests: dict[str, str] = field(default_factory=dict)
     needs: Needs | None = None
-    lock: str = ""
+    run_folder: str = ""
     clock: tuple[float, float] = (0.0, 0.0)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     doing: str = ""

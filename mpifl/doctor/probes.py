@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,20 +82,22 @@ def software(rank: Rank, comm: World | Alone, job: Job) -> None:
     rank.wheels = [wheel for wheel in MPI_WHEELS if installed[wheel]]
     rank.versions = {"python": platform.python_version()} | {p: installed[p] or "not installed" for p in PACKAGES}
     rank.versions["mpifl"] = f"{mpifl.__version__} (code {_code()})"
-    rank.mpi = comm.about() or {"version": mpi_version()}
     if comm.size > 1:
         rank.versions["MPI"] = comm.library
-        rank.mpi["cuda"] = _cuda_aware()
+        rank.mpi = comm.about() | {"cuda": _cuda_aware()}
+    else:
+        with suppress(ImportError, RuntimeError):  # one process needs no MPI
+            rank.mpi = {"version": mpi_version()}
 
 
 def _launcher(pid: int) -> str:
     """The programs above a process that start ranks, the nearest one first."""
     found = []
-    while pid > 1:
-        command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])
-        if Path(command).name.rstrip(":") in LAUNCHERS:
-            found.append(command.rstrip(":"))
-        pid = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    with suppress(OSError):  # other users' processes may be hidden
+        while pid > 1:
+            command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]).rstrip(":")
+            found += [command] if Path(command).name in LAUNCHERS else []
+            pid = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
     return " under ".join(found)
 
 
@@ -143,12 +145,12 @@ def network(rank: Rank, comm: World | Alone, job: Job) -> None:
 
 
 def storage(rank: Rank, comm: World | Alone, job: Job) -> None:
-    """File systems of data and results. Locks in run.out are tried later, on all ranks at once."""
+    """File systems of data and results, and whether they have locks."""
     if Path(job.data.path).is_dir():
         rank.folders.append(_folder("data.path", job.data.path, _refuses_to_share))
     if job.data.stage:
         rank.folders.append(_folder("data.stage", os.path.expandvars(job.data.stage), _refuses_to_lock))
-    rank.folders.append(_folder("run.out", job.run.out or "runs", lambda path: ""))
+    rank.folders.append(_folder("run.out", job.run.out or "runs", _refuses_to_lock))
 
 
 def _folder(key: str, path: str, refusal: Callable[[Path], str]) -> Folder:
@@ -179,15 +181,20 @@ def _refuses_to_share(path: Path) -> str:
     if file is None:
         return ""
     with open(file, "rb") as opened:
-        return refusal(opened.fileno(), fcntl.LOCK_SH)
+        return _refusal(opened.fileno(), fcntl.LOCK_SH)
 
 
 def _refuses_to_lock(path: Path) -> str:
-    with tempfile.TemporaryFile(dir=path) as file:
-        return refusal(file.fileno(), fcntl.LOCK_EX)
+    """Why a file in the folder cannot be locked for writing; "" if it cannot be written, which is found out later."""
+    try:
+        file = tempfile.TemporaryFile(dir=path)  # noqa: SIM115 - closed below
+    except OSError:
+        return ""
+    with file:
+        return _refusal(file.fileno(), fcntl.LOCK_EX)
 
 
-def refusal(file: int, kind: int) -> str:
+def _refusal(file: int, kind: int) -> str:
     """Why an open file cannot be locked, "" if it can or another process has it locked."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -225,13 +232,13 @@ def _needs(session: Any) -> Needs:
     from mpifl.plan import PlanFleet, expected_memory
     from mpifl.tree import leaves
 
-    job, algorithm, memory, clients = session.job, session.parts.algorithm, session.host.memory, session.parts.dataset
+    job, algorithm, memory = session.job, session.parts.algorithm, session.host.memory
     fleet = PlanFleet(session.host, session.comm.size, algorithm.works)
     state = algorithm.init(session.theta.clone())
     upcoming = session.sampled(1) if job.rounds > 1 else NOBODY
     fleet.plan(algorithm, state, session.cohort(0, fleet), upcoming)
     server, host = expected_memory(fleet, algorithm, state, session.scorer.central, job.rounds)
-    rows = memory.layout.bytes * clients.clients
+    rows = memory.layout.bytes * session.parts.dataset.clients
     spilled = max(0, rows // fleet.hosts - memory.budget)  # to temporary files
     disk = (job.run.keep + 1) * (rows + sum(leaf.nbytes for _, leaf in leaves(state)))
     server -= spilled if fleet.comm.size == 1 else 0
@@ -245,10 +252,9 @@ def gpu(rank: Rank, comm: World | Alone, job: Job) -> None:
     import torch
 
     mine, count = torch.cuda.current_device(), torch.cuda.device_count()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    of = [torch.cuda.get_device_properties(index) for index in range(count)]
-    seen = [str(getattr(p, "uuid", "")) or f"GPU {hidden[i] if i < len(hidden) else i}" for i, p in enumerate(of)]
-    rank.gpu = Gpu(seen[mine], of[mine].name, torch.cuda.mem_get_info()[0], seen)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+    seen = [str(one.uuid) for one in gpus]
+    rank.gpu = Gpu(seen[mine], gpus[mine].name, torch.cuda.mem_get_info()[0], seen)
 
 
 PROBES: tuple[Probe, ...] = (software, cores, network, storage, torch, training, gpu)

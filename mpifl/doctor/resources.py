@@ -18,11 +18,11 @@ NETWORK_FILE_SYSTEMS = {
 
 def places(ranks: Sequence[Rank], job: Job) -> Found:
     """Cores and GPU of each rank; whether some are crowded while others are idle."""
-    at = lambda rank: (rank.node, tuple(rank.cores), rank.gpu and rank.gpu.id)  # noqa: E731
-    for (_, cores, _), group in groups(ranks, at).items():
+    at = lambda rank: (tuple(rank.cores), len(rank.allotted), rank.gpu and rank.gpu.id)  # noqa: E731
+    for (cores, allotted, _), group in groups(ranks, at).items():
         gpu = group[0].gpu
         of_gpus = f"; GPU {gpu.id}, {gpu.name}, {readable_bytes(gpu.free)} free, of {len(gpu.seen)} seen" if gpu else ""
-        yield Fact(spoken(group), f"cores {ranges(cores)} of {len(group[0].allotted)}{of_gpus}")
+        yield Fact(spoken(group), f"cores {ranges(cores)} of {allotted}{of_gpus}")
     for group in by_node(ranks):
         yield from _crowded_cores([rank for rank in group if rank.cores], job.run.threads)
         yield from _crowded_gpus([rank for rank in group if rank.gpu], job.run.server_gpu == "own")
@@ -121,7 +121,8 @@ def shared_memory(ranks: Sequence[Rank], job: Job) -> Found:
     for group in by_node([rank for rank in ranks if rank.shared_memory is not None]):
         free, hosts = min(rank.shared_memory for rank in group), sum(rank.rank > 0 for rank in group)
         need = needs.down * 5 // 4 + needs.up * hosts + (1 << 20) if needs else 0
-        yield Fact(f"/dev/shm of {group[0].host}", f"{readable_bytes(free)} free, {readable_bytes(need)} needed")
+        if group[0].rank == 0 or need > free:
+            yield Fact(f"/dev/shm of {group[0].host}", f"{readable_bytes(free)} free, {readable_bytes(need)} needed")
         if need > free:
             yield Problem(
                 f"/dev/shm of {group[0].host} has {readable_bytes(free)} free, and {spoken(group)} exchange through "
@@ -141,19 +142,20 @@ def folders(ranks: Sequence[Rank], job: Job) -> Found:
         reach = "network" if kind in NETWORK_FILE_SYSTEMS else "local"
         locks = f", no locks ({reason})" if refused else ""
         yield Fact(key, f"{path}: {kind}, {reach}, {readable_bytes(least)} free{locks}; {spoken(on)}")
-        # Shards are opened without a lock, unless this variable overrules it.
-        forced = ranks[0].settings.get("HDF5_USE_FILE_LOCKING", "").upper() in ("TRUE", "1", "BEST_EFFORT")
-        if refused and key == "data.path" and forced:
-            yield Problem(
-                f"{spoken(refused)} cannot lock shards in {path} ({kind}), as HDF5_USE_FILE_LOCKING asks: {reason}",
-                "export HDF5_USE_FILE_LOCKING=FALSE",
-            )
         if refused and key == "data.stage":
-            yield _no_locks(refused, key, path, kind, reason)
+            yield Problem(
+                f"{spoken(refused)} cannot lock files in {path} ({kind}): {reason}; copies there are made under a lock",
+                "data.stage=FOLDER on the node's own disk, or have that file system mounted with locks",
+            )
+        elif refused and ranks[0].settings.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0"):
+            yield Problem(
+                f"{spoken(refused)} cannot lock files in {path} ({kind}): {reason}; HDF5 may refuse to open any there",
+                "export HDF5_USE_FILE_LOCKING=FALSE, or have it mounted with locks (Lustre: -o flock; NFS: no nolock)",
+            )
     out = next((folder for folder in ranks[0].folders if folder.key == "run.out"), None)
     if out is not None:
-        for outcome, group in groups(ranks, lambda rank: rank.lock).items():
-            yield from _in_run_folder(outcome, group, out.path, out.kind)
+        for outcome, group in groups(ranks, lambda rank: rank.run_folder).items():
+            yield from _in_run_folder(outcome, group, f"{out.path} ({out.kind})")
         needs = _needs(ranks)
         if needs and needs.disk + LOGS > out.free:
             yield Problem(
@@ -163,30 +165,17 @@ def folders(ranks: Sequence[Rank], job: Job) -> Found:
             )
 
 
-def _in_run_folder(outcome: str, ranks: Sequence[Rank], path: str, kind: str) -> Found:
-    """What the ranks saw of the file that rank 0 wrote and locked there."""
+def _in_run_folder(outcome: str, ranks: Sequence[Rank], where: str) -> Found:
     what, _, reason = outcome.partition(": ")
     if what == "not written":
-        yield Problem(f"{spoken(ranks)} cannot write to {path} ({kind}): {reason}", "run.out=FOLDER, a writable one")
-    elif what == "not locked":
-        yield _no_locks(ranks, "run.out", path, kind, reason)
-    elif what == "no answer":
-        yield _no_locks(ranks, "run.out", path, kind, "the system does not answer")
+        yield Problem(f"{spoken(ranks)} cannot write to {where}: {reason}", "run.out=FOLDER, where all nodes may write")
     elif what == "missing":
         yield Problem(
-            f"{spoken(ranks)} cannot see what rank 0 writes to {path} ({kind})",
+            f"{spoken(ranks)} cannot see what rank 0 writes to {where}",
             "run.out=FOLDER on a file system that all nodes share",
         )
-    elif what == "free":
+    elif what == "no answer":
         yield Problem(
-            f"{spoken(ranks)} got a lock in {path} ({kind}) that rank 0 held: locks are not seen by other nodes",
-            "run.out=FOLDER on a file system with locks for all nodes (Lustre: mounted with -o flock, not localflock)",
+            f"{spoken(ranks)}: {where} does not answer",
+            "run.out=FOLDER on another file system; ls the folder on that node: it hangs until its server is back",
         )
-
-
-def _no_locks(ranks: Sequence[Rank], key: str, path: str, kind: str, reason: str) -> Problem:
-    return Problem(
-        f"{spoken(ranks)} cannot lock files in {path} ({kind}): {reason}",
-        f"{key}=FOLDER on another file system, or this one mounted with locks (Lustre: -o flock; NFS: without nolock); "
-        f"for HDF5 alone export HDF5_USE_FILE_LOCKING=FALSE",
-    )

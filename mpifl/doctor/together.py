@@ -1,8 +1,7 @@
-"""What ranks find out only together: memory left when all have begun, locks that all see, how far clocks differ."""
+"""What ranks find out only together: memory left when all have begun, a folder that all see, how far clocks differ."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 import time
@@ -14,7 +13,7 @@ import numpy as np
 from mpifl.comm import Alone, World
 from mpifl.config import Job
 from mpifl.doctor.facts import Rank
-from mpifl.doctor.probes import in_time, memory, nearest, note, refusal
+from mpifl.doctor.probes import in_time, memory, nearest, note
 
 ROUND_TRIPS = 6
 """Between rank 0 and all others: the fastest ones tell most about the clocks."""
@@ -26,7 +25,7 @@ def meet(rank: Rank, comm: World | Alone, job: Job, seconds: float) -> list[Rank
     """Complete what this rank knows; returns what all know, on rank 0. All ranks at once."""
     comm.arrive()
     note(rank, "memory", lambda: memory(rank))
-    lock(rank, comm, nearest(job.run.out or "runs"), seconds)
+    try_run_folder(rank, comm, job.run.out or "runs", seconds)
     ahead = clocks(comm)
     mine = np.frombuffer(json.dumps(rank.table()).encode() + b"\n", np.uint8)
     gathered = comm.gather(mine)
@@ -38,53 +37,40 @@ def meet(rank: Rank, comm: World | Alone, job: Job, seconds: float) -> list[Rank
     return ranks
 
 
-def lock(rank: Rank, comm: World | Alone, folder: Path, seconds: float) -> None:
-    """Rank 0 locks a file in the folder, and the others try to: see Rank.lock."""
-    held: list[Any] = []
+def try_run_folder(rank: Rank, comm: World | Alone, folder: str | Path, seconds: float) -> None:
+    """Rank 0 makes a file in the folder, or the nearest one above it, and the others look for it: Rank.run_folder."""
+    made: list[Any] = []
     if comm.rank == 0:
-        rank.lock = "no answer"
-        in_time(lambda: _lock_first(rank, folder, held), seconds)
-    path = comm.share(held[0].name if held else "")
+        rank.run_folder = "no answer"
+        in_time(lambda: _make(rank, folder, made), seconds)
+    path = comm.share(made[0].name if made else "")
     if path and comm.rank > 0:
-        rank.lock = "no answer"
-        in_time(lambda: _lock_too(rank, Path(path)), seconds)
+        rank.run_folder = "no answer"
+        in_time(lambda: _find(rank, Path(path)), seconds)
     comm.arrive()
-    for file in held:
+    for file in made:
         file.close()
 
 
-def _lock_first(rank: Rank, folder: Path, held: list[Any]) -> None:
+def _make(rank: Rank, folder: str | Path, made: list[Any]) -> None:
     try:
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".mpifl-doctor-")  # noqa: SIM115 - the caller closes it
+        made.append(tempfile.NamedTemporaryFile(dir=nearest(folder), prefix=".mpifl-doctor-"))  # noqa: SIM115
+        rank.run_folder = ""
     except OSError as error:
-        rank.lock = f"not written: {error.strerror}"
-        return
-    refused = refusal(file.fileno(), fcntl.LOCK_EX)
-    if refused:
-        rank.lock = f"not locked: {refused}"
-        file.close()
-    else:
-        rank.lock = "held"
-        held.append(file)
+        rank.run_folder = f"not written: {error.strerror}"
 
 
-def _lock_too(rank: Rank, path: Path) -> None:
+def _find(rank: Rank, path: Path) -> None:
     last = time.monotonic() + UNSEEN_SECONDS
-    while True:
-        try:
-            with open(path, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            rank.lock = "free"
-        except BlockingIOError:
-            rank.lock = "held"
-        except FileNotFoundError:
-            if time.monotonic() < last:
-                time.sleep(0.1)
-                continue
-            rank.lock = "missing"
-        except OSError as error:
-            rank.lock = f"not locked: {error}"
-        return
+    while not path.exists() and time.monotonic() < last:
+        time.sleep(0.1)
+    try:
+        path.open("r+b").close()  # for writing, as every rank will
+        rank.run_folder = ""
+    except FileNotFoundError:
+        rank.run_folder = "missing"
+    except OSError as error:
+        rank.run_folder = f"not written: {error.strerror}"
 
 
 def clocks(comm: World | Alone) -> np.ndarray:
