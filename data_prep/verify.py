@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
         problems = [*dict.fromkeys(problems_of(dataset))]
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise UserError("\n".join([f"{options.dataset} is damaged:", *problems[:SHOWN], *more]))
+        raise UserError(f"{options.dataset} is damaged:", *problems[:SHOWN], *more)
     rows = sum(dataset.total(split) for split in dataset.splits)
     clients = sum(len(dataset.sizes(split)) for split in dataset.splits if not dataset.central(split))
     print(f"{options.dataset} is as it was written: {rows:,} rows, {clients:,} clients, digest {dataset.digest}")

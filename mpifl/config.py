@@ -18,7 +18,6 @@ from typing import Any, Literal
 Table = dict[str, Any]
 MOST = 10**9
 """What a job counts is at most so many: more is a slip, and the product of two is still an integer of 64 bits."""
-LONGEST_LINE = 1500
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Duration = str | float
 """Seconds, or e.g. "90m"."""
@@ -27,14 +26,19 @@ Duration = str | float
 class UserError(ValueError):
     """A mistake a user can mend: printed as one line without a traceback, exit status 2 (1 once training began).
 
-    What it quotes cannot make it more than a line: characters that would are escaped, and the middle of a long one goes.
+    lines: more than one only where there is a list to be shown. What a line quotes stays in it: characters that would
+    not are escaped, and of a very long line the middle is left out.
     """
 
     in_training = False
 
-    def __init__(self, message: object) -> None:
-        line = _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(message))
-        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:800]} [...] {line[-400:]}")
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(_printable, lines)))
+
+
+def _printable(line: str) -> str:
+    line = _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(line))
+    return line if len(line) <= 2000 else f"{line[:1200]} [...] {line[-600:]}"
 
 
 def is_of_memory(error: BaseException | None) -> bool:

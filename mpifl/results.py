@@ -41,6 +41,12 @@ def refuse_taken(path: Path, known: tuple[str, ...] = ()) -> None:
         raise UserError(f"run.out is '{path}', which already exists; remove it or choose another run.out")
 
 
+def seeds_in(base: Path, job: Job) -> tuple[str, ...]:
+    """Names that may be in the folder of a job with several seeds: of the runs of an earlier start of it."""
+    runs = list(base.glob("seed-*")) if base.is_dir() and job.run.resume == "auto" else []
+    return ("seed-*", SUMMARY) if runs and all((run / CONFIG).is_file() for run in runs) else ()
+
+
 class RunFolder:
     """The folder of one run, found new or as an earlier start of the same job left it; `begin` writes to it first.
 

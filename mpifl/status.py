@@ -226,7 +226,7 @@ def stacks(status: Status, wait: float = 2.0) -> list[str]:
 def follow(folder: Path, console: Console) -> Status:
     """Show a run until it ends: on a terminal all there is, refreshed, elsewhere a line whenever a round is done."""
     if not console.rich.is_terminal:
-        return _until_end(folder, lambda status, before: console.say(status.line()) if True else None)
+        return _until_end(folder, lambda status, before: console.say(status.line()) if _moved(status, before) else None)
     from rich.live import Live
     from rich.text import Text
 

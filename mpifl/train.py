@@ -35,7 +35,7 @@ from mpifl.launch import agree, all_or_none, require_same
 from mpifl.measure import headline
 from mpifl.messages import SAVE, SAVED, Header
 from mpifl.profiling import ProfiledFleet, ProfiledShardedFleet, profiled, report
-from mpifl.results import SUMMARY, RunFolder, Totals, default_folder, hardware, refuse_taken, versions, write_json
+from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, seeds_in, versions, write_json
 from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
 from mpifl.sharded import Follower, ShardedFleet
@@ -66,8 +66,7 @@ def run(
     if job.seeds == 1:
         return _run_one(job, comm, clock, console)
     base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
-    known = ("seed-*", SUMMARY) if job.run.resume == "auto" else ()
-    agree(comm, lambda: refuse_taken(base, known) if comm.rank == 0 else None)
+    agree(comm, lambda: refuse_taken(base, seeds_in(base, job)) if comm.rank == 0 else None)
     for seed in range(job.seed, job.seed + job.seeds):
         settings = dataclasses.replace(job.run, out=str(base / f"seed-{seed}"))
         summaries.append(_run_one(dataclasses.replace(job, seed=seed, seeds=1, run=settings), comm, clock, console))

@@ -135,6 +135,11 @@ class SlurmJob:
 
         self.wait_until(running, "running again", seconds)
 
+    def ranks(self) -> list[int]:
+        """Pids of its ranks, as they are outside the nodes."""
+        found = self.cluster.processes().items()
+        return sorted(pid for pid, words in found if f"/{self.name}-" in words and words.split()[0].endswith("python"))
+
     def rounds(self) -> list[int]:
         """Rounds that are in metrics.jsonl."""
         path = self.out / "metrics.jsonl"

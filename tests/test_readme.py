@@ -216,7 +216,7 @@ def test_complete_example_runs_from_elsewhere_on_any_ranks_and_from_shards(launc
         assert (done.returncode, done.stderr) == (0, "")
         return json.loads((elsewhere / out / "summary.json").read_text())
 
-    on_ranks = train(3, "ranks", "engine.check=true")
+    on_ranks = train(3, "ranks", "engine.check=true", "run.save_every=99")
     assert on_ranks["ranks"] == 3
     assert on_ranks["accuracy"] > float(re.search(r"test accuracy above (0\.\d+)", README)[1])
     assert 0.5 < on_ranks["scores"]["confidence"] < 1

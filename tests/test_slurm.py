@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,12 +130,12 @@ def undisturbed(cluster):
     return json.loads((cluster.home / "undisturbed" / "summary.json").read_text())["digest"]
 
 
-def hold(submit, folder, name, seconds, options=()):
+def hold(submit, folder, name, seconds, *words, options=()):
     """Submit the small job with rounds of so many seconds, until `job.go_on()`; its command is `job.words`."""
     go = folder / "go"
-    metrics = f'run.metrics=[{{name="slurm_cluster:held",until="{go}",seconds={float(seconds)}}}]'
-    job = submit(name, *SMALL, metrics, options=("--ntasks=3", *options))
-    job.go_on, job.words = go.touch, (*SMALL, metrics)
+    words = (*SMALL, f'run.metrics=[{{name="slurm_cluster:held",until="{go}",seconds={float(seconds)}}}]', *words)
+    job = submit(name, *words, options=("--ntasks=3", *options))
+    job.go_on, job.words = go.touch, words
     return job
 
 
@@ -153,9 +154,11 @@ def held(submit, tmp_path):
 
 @pytest.fixture(scope="module")
 def signalled(submit, tmp_path_factory):
-    """A job that Slurm will send the signal of the file: within half a minute, and its time limit is far."""
-    options = ("--time=20", "--signal=B:USR1@1200")
+    """A job to which Slurm will send the signal of the file, within half a minute; its time limit is far."""
+    options = ("--time=30", "--signal=B:USR1@600")
     job = hold(submit, tmp_path_factory.mktemp("signalled"), "requeue", 5, options=options)
+    job.wait_for_rounds(1)
+    job.update(TimeLimit=10)
     yield job
     job.cancel()
 
@@ -268,6 +271,22 @@ def test_job_that_an_administrator_requeues_goes_on(cluster, held, undisturbed):
     assert max(job.checkpoints()) >= 2
     job.go_on()
     assert_it_went_on(job, undisturbed)
+
+
+@needs_slurm
+def test_job_of_which_a_rank_was_killed_goes_on_when_it_is_requeued(cluster, held, undisturbed):
+    job = held("local", 1, "run.save_every=1")
+    job.wait_until(lambda: 2 in job.checkpoints(), "at a checkpoint after round 2")
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.wait_to_end() == "FAILED"
+    assert not (job.out / "summary.json").exists()
+    cluster.say("scontrol", "requeue", job.number)
+    job.wait_to_start_again()
+    job.go_on()
+    assert job.wait_to_end() == "COMPLETED"
+    assert int(re.search(r"going on after round (\d+)", job.log)[1]) >= 2
+    assert job.rounds() == list(range(1, ROUNDS + 1))
+    assert job.summary()["digest"] == undisturbed
 
 
 @needs_slurm

@@ -8,11 +8,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mpifl import status
 from mpifl.config import UserError
+from mpifl.engine.clock import Clock
+from mpifl.lock import locked
+from mpifl.process import Process
 from mpifl.status import Status, last_words, main, newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -54,8 +59,7 @@ def folder(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     for name, complete in (("round-00000005", True), ("round-00000010", True), ("round-00000012", False)):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        if complete:
-            (tmp_path / "checkpoints" / name / "COMPLETE").touch()
+        (tmp_path / "checkpoints" / name / ("COMPLETE" if complete else "server.safetensors")).touch()
     return tmp_path
 
 
@@ -83,14 +87,14 @@ def start(folder):
 
 
 def shown(capsys, *arguments):
-    status = main([str(word) for word in arguments])
-    return status, capsys.readouterr().out
+    code = main([str(word) for word in arguments])
+    return code, capsys.readouterr().out
 
 
 def test_of_a_running_job_it_says_round_speed_time_left_scores_checkpoint_and_where_ranks_are(folder, start, capsys):
     processes = start("wait", "train", "load")
-    status, text = shown(capsys, folder)
-    assert status == 0
+    code, text = shown(capsys, folder)
+    assert code == 0
     state = "running: 12 of 50 rounds  0.5 rounds/s, 15 clients/s  0:01:16 left"
     assert f"{state}  test_loss 0.7500  accuracy 0.5000" in text
     assert "per_domain, round 10  0.2500, 0.7500" in text
@@ -107,12 +111,12 @@ def test_a_run_that_ended_in_order_is_finished_with_a_summary_and_else_stopped_e
     for process in start("wait", "train", "load"):
         process.communicate("\n")
     assert Status.of(folder).state == "stopped early"
-    status, text = shown(capsys, folder)
-    assert status == 0
+    code, text = shown(capsys, folder)
+    assert code == 0
     assert "after round 10; the same command goes on" in text
     (folder / "summary.json").write_text("{}")
-    status, text = shown(capsys, folder)
-    assert (status, Status.of(folder).state) == (0, "finished")
+    code, text = shown(capsys, folder)
+    assert (code, Status.of(folder).state) == (0, "finished")
     assert "checkpoint" not in text and "pid" not in text
 
 
@@ -127,8 +131,8 @@ def test_of_a_run_that_died_the_rank_that_fell_silent_first_comes_first(folder, 
         other.kill()
         other.wait()
     (folder / "failure-20260101-000000.txt").write_text("mpifl: a rank is dead")
-    status, text = shown(capsys, folder)
-    assert status == 1
+    code, text = shown(capsys, folder)
+    assert code == 1
     lines = text.splitlines()
     told = lines[lines.index("the first to fall silent comes first:") + 1 :]
     phase = ("server", "train", "load")[victim]
@@ -140,11 +144,14 @@ def test_of_a_run_that_died_the_rank_that_fell_silent_first_comes_first(folder, 
 
 
 def test_a_job_of_which_one_rank_was_killed_has_died_though_others_are_still_there(folder, start):
-    processes = start("server", "train")
+    processes = start("server", "train", "wait")
+    processes[2].communicate("\n")  # left in order
+    assert Status.of(folder).state == "running"
     processes[1].kill()
     processes[1].wait()
     assert Status.of(folder).state == "died"
-    assert any("still runs" in line for line in last_words(folder))
+    words = last_words(folder)
+    assert len(words) == 3 and words[1].startswith("  rank 1 ") and words[2].endswith("still runs")
 
 
 def test_a_job_whose_start_has_just_begun_is_running_whatever_an_earlier_one_left(folder, start):
@@ -157,16 +164,16 @@ def test_a_job_whose_start_has_just_begun_is_running_whatever_an_earlier_one_lef
     start("start")
     for file, content in left.items():
         file.write_bytes(content)
-    status = Status.of(folder)
-    assert (status.state, status.ranks) == ("running", [])
+    found = Status.of(folder)
+    assert (found.state, found.ranks) == ("running", [])
 
 
 def test_a_stopped_rank_is_stuck_and_so_is_one_that_is_silent_beyond_the_stall_timeout(folder, start, capsys):
     processes = start("wait", "train", "load")
     os.kill(processes[2].pid, signal.SIGSTOP)
     os.waitpid(processes[2].pid, os.WUNTRACED)
-    status, text = shown(capsys, folder)
-    assert status == 1
+    code, text = shown(capsys, folder)
+    assert code == 1
     assert [line.split()[0] for line in text.splitlines() if "STUCK" in line] == ["2"]
     assert "stopped, STUCK" in text
     os.kill(processes[2].pid, signal.SIGCONT)
@@ -175,12 +182,30 @@ def test_a_stopped_rank_is_stuck_and_so_is_one_that_is_silent_beyond_the_stall_t
     assert [rank.rank for rank in Status.of(folder).stuck] == [0, 1, 2]  # they wait for orders
 
 
+def test_ranks_of_other_machines_are_judged_by_their_signs_and_the_job_by_its_lock(folder, monkeypatch):
+    me = Process.current()
+    elsewhere = replace(me, machine=me.machine + 1)
+    monkeypatch.setattr(Process, "current", staticmethod(lambda: elsewhere))
+    clocks = [Clock(rank) for rank in range(3)]
+    for rank, clock in enumerate(clocks):
+        clock.attach(folder / "status" / f"rank-{rank:05d}", 3)
+    with locked(folder, print):
+        assert Status.of(folder).state == "running"
+        clocks[2].enter("ended")
+        monkeypatch.setattr(status, "SILENT", 0.05)
+        time.sleep(0.1)
+        clocks[0].pulse()
+        assert [rank.rank for rank in Status.of(folder).stuck] == [1]
+        monkeypatch.setattr(status, "SILENT", 60)
+    assert Status.of(folder).state == "died"
+
+
 def test_stacks_are_those_of_the_ranks_that_live_here(folder, start, capsys):
     processes = start("wait", "train", "load")
     os.kill(processes[1].pid, signal.SIGSTOP)
     os.waitpid(processes[1].pid, os.WUNTRACED)
-    status, text = shown(capsys, folder, "--stacks")
-    assert status == 1
+    code, text = shown(capsys, folder, "--stacks")
+    assert code == 1
     assert "  ranks 0, 2:\n" in text and 'File "<string>", line 15 in await_orders' in text
     assert "  rank 1: no answer" in text
     assert processes[0].poll() is processes[2].poll() is None
@@ -188,14 +213,17 @@ def test_stacks_are_those_of_the_ranks_that_live_here(folder, start, capsys):
 
 def test_following_ends_with_the_run_and_tells_each_round_once(folder, start, capsys):
     processes = start("wait")
-    command = [sys.executable, "-m", "mpifl.status", str(folder), "--follow"]
+    code = "import sys; from mpifl import status; status._REFRESH = 0.02; sys.exit(status.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(folder), "--follow"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as following:
         assert following.stdout.readline().startswith("running: 12 of 50 rounds")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('\n{"round": 13, "clients": 30, "seconds": {"total": 2.0}}\n')
         assert following.stdout.readline().startswith("running: 13 of 50 rounds")
+        time.sleep(0.2)
         processes[0].communicate("\n")
-        assert "stopped early: 13 of 50 rounds" in following.stdout.read()
+        rest = following.stdout.read()
+    assert "stopped early: 13 of 50 rounds" in rest and "running" not in rest
     assert following.returncode == 0
 
 

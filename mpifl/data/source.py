@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpifl.config import UserError
 from mpifl.data.batches import Columns, as_columns, blank_columns
+from mpifl.data.format import wrong_value
 from mpifl.work import Batching
 
 CPU = torch.device("cpu")
@@ -151,10 +153,16 @@ class Source:
     def _read(self, key: Key) -> dict[str, np.ndarray]:
         of, split, id, size = key
         if of == "client":
-            return self.dataset.client(split, id)
-        total = self.dataset.total(split)
-        start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
-        return self.dataset.rows(split, start, stop)
+            read, start = self.dataset.client(split, id), 0
+        else:
+            total = self.dataset.total(split)
+            start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
+            read = self.dataset.rows(split, start, stop)
+        for name, rows in read.items():
+            if wrong := wrong_value(rows, self.dataset.features[name]):
+                whose = f", client {self.dataset.client_id(split, id)!r}" if of == "client" else ""
+                raise UserError(f"split '{split}'{whose}, column '{name}': row {start + wrong[0]} {wrong[1]}")
+        return read
 
 
 def _key(batching: Batching, id: int) -> Key:
