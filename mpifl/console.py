@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,7 +85,7 @@ class Console:
 
     def _append(self, text: str) -> None:
         if self._log:
-            with self._log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
                 file.write(text)
 
 

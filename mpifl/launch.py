@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -175,7 +175,8 @@ def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException |
         text = f"mpifl: {clock.where()}:\n{''.join(traceback.format_exception(error))}"
     if _first_to_report(report):
         print(text, file=sys.stderr, flush=True)
-        report.write_text(text + "\n", encoding="utf-8")
+        with suppress(OSError):  # the disk may be full
+            report.write_text(text + "\n", encoding="utf-8")
         time.sleep(0.3)  # MPICH's launcher drops what it has not passed on when a job aborts
     else:
         time.sleep(1.5)  # let the rank that reports finish its sentence

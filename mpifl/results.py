@@ -108,13 +108,13 @@ class RunFolder:
 
     def round(self, record: dict[str, Any]) -> None:
         """Append one round's record; each line is complete on disk as far as the system writes it."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with _telling(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def make_rounds_durable(self) -> None:
         """Wait until the records are on disk."""
         if (self.path / METRICS).exists():
-            with (self.path / METRICS).open("a") as file:
+            with _telling(self.path / METRICS), (self.path / METRICS).open("a") as file:
                 os.fsync(file.fileno())
 
     def model(self, name: str, state_dict: dict[str, Tensor]) -> None:
@@ -240,8 +240,19 @@ def read_vector(file: Path, model: Model) -> Tensor:
 
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.name}.part")
-    write(str(temporary))
-    os.replace(temporary, path)
+    with _telling(path):
+        write(str(temporary))
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Have what cannot be written within the block end the run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {what}; mend that, and the same command goes on") from None
 
 
 def versions(mpi_library: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ class Supervisor:
         self.mark = f"{me.machine}-{me.pid}-{me.started}"
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: list[int] = []
+        self._waiting: deque[int] = deque()
         self._shared_memory: set[str] = set()
 
     def run(self) -> int:
@@ -76,6 +78,7 @@ class Supervisor:
         self._process = subprocess.Popen(
             self.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
+        self._forward()
         pause = _LOOK
         while True:
             with suppress(subprocess.TimeoutExpired):
@@ -90,8 +93,12 @@ class Supervisor:
         """Have the job stop in order; a second signal of the kind reaches the launcher as it is."""
         ask = number in (signal.SIGTERM, signal.SIGHUP) and number not in self._asked
         self._asked.append(number)
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR1 if ask else number)  # which Open MPI's mpirun passes on to ranks
+        self._waiting.append(signal.SIGUSR1 if ask else number)  # Open MPI's mpirun passes that on to ranks
+        self._forward()
+
+    def _forward(self) -> None:
+        while self._waiting and self._process is not None and self._process.poll() is None:
+            self._process.send_signal(self._waiting.popleft())
 
     def _clean_up(self) -> None:
         """Kill what is left of the job on this machine, and remove the memory that its processes shared."""

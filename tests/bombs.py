@@ -1,7 +1,7 @@
 """A dataset whose job has ranks that die at a place of one's choice, once each, however often it is started again.
 
-The variable BOMBS holds one or more "rank phase round signal", separated by commas, rounds counted from 0; BOMBS_USED is
-a folder that remembers which went off.
+The variable BOMBS holds one or more "rank phase round signal", separated by commas, rounds counted from 0; BOMBS_USED
+is a folder that remembers which went off.
 """
 
 import os

@@ -108,7 +108,7 @@ class SlurmJob:
         files = sorted(self.cluster.home.glob(f"{self.name}-*.log"))
         return "".join(file.read_text(errors="replace").replace("\0", "") for file in files)
 
-    def wait_until(self, done, what: str, seconds: float = 60):
+    def wait_until(self, done, what: str, seconds: float = 90):
         """Poll until `done()`; after so many seconds the test fails and shows the job's state and log."""
         end = time.monotonic() + seconds
         while not done():
@@ -119,19 +119,22 @@ class SlurmJob:
     def wait_for_rounds(self, rounds: int):
         self.wait_until(lambda: len(self.rounds()) >= rounds, f"at round {rounds}")
 
-    def wait_to_end(self, seconds: float = 60) -> str:
-        """Its final state, such as COMPLETED."""
+    def wait_to_end(self, seconds: float = 90) -> str:
+        """Its final state, such as COMPLETED; its log is shown if the test fails."""
         going_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
         self.wait_until(lambda: self.shown("JobState") not in going_on, "done", seconds)
+        print(self.log)
         return self.shown("JobState")
 
-    def wait_to_start_again(self, seconds: float = 60):
+    def wait_to_start_again(self, seconds: float = 90):
         """Once it was requeued, skip Slurm's delay, and see it running, with a time limit that is far."""
 
         def running():
+            if self.shown("Restarts") == "0":
+                return False
             if self.shown("JobState") == "PENDING":
-                self.update(StartTime="now", TimeLimit="300")
-            return self.shown("Restarts") == "1" and self.shown("JobState") == "RUNNING"
+                self.update(StartTime="now", TimeLimit=300)
+            return self.shown("JobState") == "RUNNING"
 
         self.wait_until(running, "running again", seconds)
 

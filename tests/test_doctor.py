@@ -221,6 +221,28 @@ def test_what_is_merely_so_is_no_problem(harmless):
     assert not problems(ranks)
 
 
+def test_rank_0_takes_what_a_server_does():
+    ranks = healthy()  # 1 + 2 + 2 GiB on its node, of which each has a quarter
+    ranks[0].memory = replace(ranks[0].memory, free=int(4.3 * GIB))
+    assert not problems(ranks)
+    ranks[0].memory = replace(ranks[0].memory, free=int(4.2 * GIB))
+    assert "ranks 0-2 on node0 will take 4.2 GiB more" in problems(ranks)[0].what
+
+
+def test_cores_may_be_crowded_where_no_two_ranks_have_the_same():
+    ranks = healthy()[:3]
+    for rank, cores in zip(ranks, ([0, 1], [0], [1])):
+        rank.cores = cores
+    [problem] = problems(ranks)
+    assert "ranks 0-2 on node0: 3 threads on 2 cores (0-1)" in problem.what
+    ranks[0].cores = [0, 1, 2]
+    assert not problems(ranks)
+
+
+def test_more_threads_than_cores_are_the_jobs_own_choice():
+    assert not problems(healthy(), run={"threads": 4})
+
+
 def test_threads_of_a_rank_need_their_cores():
     ranks = healthy()[:2]
     ranks[0].cores, ranks[1].cores = [0], [1, 2]
@@ -235,6 +257,13 @@ def test_nothing_is_needed_in_shared_memory_where_none_is_used():
     ranks = healthy()
     on(*range(6), shared_memory=0)(ranks)
     assert problems(ranks) and not problems(ranks, comm={"reduce": "flat"})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_ranks_that_found_out_nothing_are_named(count):
+    ranks = [Rank(number, host="node0", doing="software") for number in range(count)]
+    [problem] = problems(ranks)
+    assert problem.what.startswith(spoken(ranks))
 
 
 def test_ranks_travel_whole():
@@ -290,15 +319,17 @@ def test_memory_is_what_the_node_and_the_control_group_leave(tmp_path):
     available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     assert rank.memory.free == pytest.approx(available, rel=0.2)
     assert 10 << 20 < rank.memory.resident < available
-    (tmp_path / "memory.max").write_text("3000000")
-    (tmp_path / "memory.current").write_text("1000000")
-    (tmp_path / "memory.stat").write_text("inactive_file 5")
+    for group, limit in ((tmp_path, 3000000), (tmp_path / "job", 1500000), (tmp_path / "job/step", 2500000)):
+        group.mkdir(exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("1000000\n")
+        (group / "memory.stat").write_text("inactive_file 5\n")
     (tmp_path / "self").mkdir()
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 4000 kB\n")
     (tmp_path / "self/statm").write_text("50 20 1 1 0 1 0")
-    (tmp_path / "self/cgroup").write_text("0::/\n")
+    (tmp_path / "self/cgroup").write_text("0::/job/step\n")
     probes.memory(rank, tmp_path, tmp_path)
-    assert (rank.memory.free, rank.memory.cgroup, rank.memory.left) == (4096000, str(tmp_path), 2000005)
+    assert (rank.memory.free, rank.memory.cgroup, rank.memory.left) == (4096000, str(tmp_path / "job"), 500005)
     assert rank.memory.resident == 20 * os.sysconf("SC_PAGESIZE")
 
 

@@ -491,17 +491,20 @@ def test_without_tolerance_what_was_raised_comes_through_where_it_happened(tmp_p
         assert clock.phase == "load" and clock.client in FAILING
 
 
-@pytest.mark.parametrize("engine", [{}, {"name": "batched", "clients_at_once": 3}])
-def test_after_failures_the_clock_is_in_the_phase_it_was_in(tmp_path, engine):
-    data, model = {"path": "test_faults:broken_dataset"}, {"name": "mlp", "hidden": [9]}
-    table = job(tmp_path, cohort=0, data=data, model=model, engine=engine, faults={"tolerate": 3})
-    with opened(table) as session:
-        clock, phases = session.host.clock, []
-        clock.listener = lambda phase, account, *_: phases.append(account)
-        _, cohorts, _ = rounds_of(session, 2)
-    assert [cohort.latest.count for cohort in cohorts] == [8, 8] and clock.phase == "start"
-    starts = [number for number, phase in enumerate(phases) if phase == "load"]
-    assert {phases[number - 1] for number in starts} <= {"start", "load"}  # never within another client's training
+def test_the_clock_stays_where_a_client_failed_and_nowhere_else(tmp_path):
+    data, engine = {"path": "test_faults:broken_dataset"}, {"name": "batched", "clients_at_once": 3}
+    with opened(job(tmp_path, data=data, model={"name": "mlp", "hidden": [9]}, engine=engine)) as session:
+        host, (work,) = session.host, session.parts.algorithm.works
+        shared, ids = {"theta": session.theta, "lr": torch.tensor(0.1)}, np.array([0, 1, 2, 4, 11])
+        host.wire(0, shared, {})
+        for engine, order in ((host.serial, ids), (host.batched, ids[host.clients.longest_first(work.batches, ids)])):
+            failed = []
+            for visited in engine.visits(work, shared, order, {}):
+                assert host.clock.phase == ("load" if visited.error else "start")
+                if visited.error:
+                    failed.append((*visited.ids, host.clock.client))
+                    host.clock.enter("start")
+            assert failed == [(1, 1)]
 
 
 def test_tolerance_is_per_round_and_all_that_failed_keep_their_memory(tmp_path):

@@ -136,7 +136,7 @@ def test_csv_has_every_number_of_metrics(real):
 def test_axes_tell_the_truth(folder):
     """A tick stands where its number would be drawn as a value; on every axis, linear or logarithmic."""
     loss, imbalance = [2.5, 1700.0, 0.4, 0.04, 0.3], [1.5, 1.1, 1.9, 1.2, 1.3]
-    records = [record(t + 1, loss[t], 37.0 * (t + 1), 3000 * KIB, {"accuracy": 0.1 + 0.2 * t}) for t in range(5)]
+    records = [record(t + 31, loss[t], 37.0 * (t + 1), 3000 * KIB, {"accuracy": 0.1 + 0.2 * t}) for t in range(5)]
     records = [one | {"imbalance": more} for one, more in zip(records, imbalance)]
     page = page_of(folder("a", records))
     kinds = set()
@@ -155,6 +155,12 @@ def test_axes_tell_the_truth(folder):
         assert fitted(across[:-1, 0], xs, points[:, 0]) == pytest.approx(across[:-1, 1], abs=0.3)
         assert fitted(scale(up[:, 0]), scale(ys), points[:, 1]) == pytest.approx(up[:, 2], abs=0.3)
         kinds.add(about["axes"][0])
+        first, last, left, right, top, bottom = about["frame"]  # where the read-out takes the axes to be
+        width, height = map(float, svg.attrib["viewBox"].split()[2:])
+        shares = (np.array(xs) - first) / (last - first)
+        assert points[:, 0] == pytest.approx(left + shares * (width - left - right), abs=0.1)
+        assert points[:, 0].max() == pytest.approx(width - right, abs=0.1)
+        assert points[:, 1].min() >= top and points[:, 1].max() <= height - bottom
     assert kinds == {"round", "time in rounds (minutes)", "moved, down and up (MiB)"}
 
 
@@ -212,7 +218,10 @@ def test_units_fit_what_is_shown():
     assert [time_unit(s)[0] for s in (0, 100, 200, 5000, 10_000, 200_000)] == [
         *("seconds", "seconds", "minutes", "minutes", "hours", "days")
     ]
-    assert [byte_unit(KIB**power)[0] for power in range(5)] == ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    assert [time_unit(s)[1] for s in (10, 1000, 10_000, 200_000)] == [1, 60, 60 * 60, 24 * 60 * 60]
+    assert [byte_unit(KIB**power) for power in range(5)] == [
+        (name, KIB**power) for power, name in enumerate(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    ]
     assert [duration(s) for s in (0.0123, 3.456, 75, 150, 8000, 400_000)] == [
         *("12.3 ms", "3.46 s", "75.0 s", "2 min", "2 h 13 min", "4 d 15 h")
     ]
@@ -348,7 +357,7 @@ def test_ranks_are_shown_where_the_run_was_profiled(folder):
         "    rank    wait   train    rest   total   steps  ms/step\n"
         "       0    4.00    0.00    1.00    5.00\n"
         "       2    1.00    3.50    0.50    5.00     700    5.000\n"
-        "       1    2.00    2.50    0.50    5.00     500    5.000\n"
+        "       1    1.00    2.50    0.50    4.00     500    5.000\n"
         "slowest host: rank 2, busy 3.50 s, 17 % over the mean\n"
     )
     [run] = read_runs([path])
@@ -398,9 +407,9 @@ def test_of_a_round_that_was_done_twice_the_later_counts(folder):
 
 def test_what_stands_in_a_run_is_text_and_no_markup(folder):
     evil = "<script>alert(1)</script>"
-    path = folder("a<b>", [record(1, scores={f"accuracy{evil}": 0.5, f"x/{evil}": 1.0})], job_name=evil)
-    page = page_of(path)
-    assert evil in text_of(page) and evil not in page and "<b>a<b>" not in page
+    records = [record(1, scores={f"accuracy{evil}": 0.5, f"x/{evil}": 1.0})]
+    page = page_of(*(folder(name, records, job_name=evil) for name in ("a<b>", "b<b>")))
+    assert evil in text_of(page) and evil not in page and not re.search(r"[ab]<b>", page)
     assert page.count("<script>") == 1 and charts(page)
 
 

@@ -15,6 +15,7 @@ from conftest import MPI_SETTINGS, find_mpirun, what_is_missing
 
 from mpifl import run
 from mpifl.config import UserError, to_toml
+from mpifl.process import _stat
 from mpifl.status import Status
 from mpifl.supervise import main, run_folder, shared_memory_of
 
@@ -86,13 +87,13 @@ def test_signals_reach_the_job_sigterm_first_as_the_one_that_every_launcher_pass
     (tmp_path / "out").mkdir()
     script = f"{traps}; echo >> started; while :; do sleep 0.02; done"
     command = [sys.executable, "-m", "mpifl.supervise", "sh", "-c", script, "run.out=out"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENV) as process:
-        await_(lambda: (tmp_path / "started").exists())
-        for number, one in enumerate(sent):
-            if number:
-                await_(lambda: (tmp_path / "out" / "warned").exists())
-            process.send_signal(one)
-    assert process.returncode == status
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV)
+    await_(lambda: (tmp_path / "started").exists())
+    for number, one in enumerate(sent):
+        if number:
+            await_(lambda: (tmp_path / "out" / "warned").exists())
+        process.send_signal(one)
+    assert process.wait(10) == status
     assert (tmp_path / "started").read_text() == "\n"
 
 
@@ -105,14 +106,13 @@ def await_(true, seconds=10):
 
 def test_what_a_launcher_leaves_behind_is_killed_and_its_shared_memory_removed(attempts, tmp_path):
     ours, others = (Path(f"/dev/shm/mpich_shm_test_{os.getpid()}_{who}") for who in ("ours", "others"))
-    hold = f"setsid {sys.executable} -c '{HOLD.strip()}'".replace("\n", "\\n")
     (tmp_path / "hold.py").write_text(HOLD)
     hold = f"setsid {sys.executable} hold.py"
     with subprocess.Popen([sys.executable, tmp_path / "hold.py", others, tmp_path / "held"]) as other:
         try:
             leave = f"{hold} {ours} left & while ! test -e left; do sleep 0.01; done; echo $! > pid; exit 1"
             assert attempts(leave, "touch out/summary.json")[:2] == (0, 2)
-            assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+            assert (_stat((tmp_path / "pid").read_text().strip()) or "Z")[0] == "Z"
             await_(lambda: (tmp_path / "held").exists())
             assert shared_memory_of(other.pid) == [str(others)]
             assert other.poll() is None and others.exists() and not ours.exists()
@@ -130,7 +130,7 @@ def test_the_run_folder_is_the_last_one_named_or_the_job_files(tmp_path, monkeyp
     assert run_folder([*launcher, "job.toml"]) == Path("there")
     assert run_folder([*launcher, "job.toml", "run.out=a", 'run.out="b"']) == Path("b")
     for words in ([], ["other.toml"], ["missing.toml"], ["run.out="]):
-        with pytest.raises(UserError, match="add run.out=FOLDER"):
+        with pytest.raises(UserError, match=r"add run\.out=FOLDER"):
             run_folder([*launcher, *words])
 
 
@@ -175,20 +175,16 @@ def test_a_job_that_loses_a_host_and_then_its_server_ends_with_the_bits_of_an_un
     }
     (tmp_path / "job.toml").write_text(to_toml(table))
     (tmp_path / "used").mkdir()
-    bombs = {"BOMBS": "1 train 3 SIGKILL, 0 checkpoint 4 SIGKILL", "BOMBS_USED": str(tmp_path / "used")}
-    before = set(Path("/dev/shm").glob("mpich_shm_*"))
+    bombs = {"BOMBS": "1 train 3 SIGKILL, 0 checkpoint 5 SIGKILL", "BOMBS_USED": str(tmp_path / "used")}
     command = ["-m", "mpifl.supervise", find_mpirun(), "-n", "2", sys.executable, "-m", "mpifl.train", "job.toml"]
     done = launch(None, *command, "run.out=out", cwd=tmp_path, env=ENV | bombs, timeout=90)
     assert done.returncode == 0
     first = re.findall(r"comes first:\n  (rank .*): silent since", done.stderr)
-    where = [("1", "train", "round 4, client"), ("0", "checkpoint", "round 5")]
+    where = [("1", "train", "round 4, client"), ("0", "checkpoint", "round 6")]
     for (rank, phase, place), told in zip(where, first, strict=True):
         assert re.match(rf"rank {rank} on {socket.gethostname()} \(pid \d+\), phase {phase}, {place}", told)
-    assert re.findall("starting it again after round .", done.stderr) == [
-        f"starting it again after round {n}" for n in (2, 4)
-    ]
+    assert re.findall(r"starting it again after round (\d)", done.stderr) == ["2", "4"]
     assert Status.of(tmp_path / "out").state == "finished"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     plain = run(table | {"data": {"path": "parts:awkward_dataset"}, "run": {"out": str(tmp_path / "undisturbed")}})
     assert all(summary[name] == plain[name] for name in ("digest", "memory_digest", "scores"))
-    assert not {file for file in Path("/dev/shm").glob("mpich_shm_*") if file.owner() == "root"} - before or True

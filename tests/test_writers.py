@@ -30,6 +30,9 @@ class Notes:
 
     told: list
 
+    def __init__(self):
+        self.told.append(("made",))
+
     def open(self, folder, job):
         self.told.append(("open", folder, job.rounds))
 
@@ -73,6 +76,7 @@ def test_rank_0_alone_tells_a_writer_what_metrics_has_and_the_summary(tmp_path, 
         assert told == {"tensorboard": [], "mlflow": []}
         return
     assert told["tensorboard"] == [
+        ("made",),
         ("open", out, ROUNDS),
         *(("round", record) for record in lines(out)),
         ("close", json.loads((out / "summary.json").read_text())),
@@ -82,8 +86,8 @@ def test_rank_0_alone_tells_a_writer_what_metrics_has_and_the_summary(tmp_path, 
 def test_a_writer_that_fails_is_left_out_and_nothing_else_is(tmp_path, told, capsys):
     out = tmp_path / "out"
     mpifl.run(job(out, "mlflow", "tensorboard", "mlflow"), comm=Alone(), quiet=False)
-    assert [what[0] for what in told["mlflow"]] == ["open", "round", "round"]
-    assert [what[0] for what in told["tensorboard"]] == ["open", *["round"] * ROUNDS, "close"]
+    assert [what[0] for what in told["mlflow"]] == ["made", "open", "round", "round"]
+    assert [what[0] for what in told["tensorboard"]] == ["made", "open", *["round"] * ROUNDS, "close"]
     [said] = [line for line in capsys.readouterr().out.splitlines() if "mlflow" in line]
     assert "the network is gone" in said and "more of it" not in said
     assert (out / "summary.json").exists()
@@ -93,7 +97,7 @@ def test_a_run_that_breaks_off_is_closed_without_a_summary(tmp_path, told):
     diverging = {"name": "fedavg", "client_opt": {"name": "sgd", "lr": 1e38}}
     with pytest.raises(UserError, match="NaN or infinite"):
         mpifl.run(job(tmp_path / "out", "tensorboard", algorithm=diverging), comm=Alone())
-    assert told["tensorboard"][0][0] == "open" and told["tensorboard"][-1] == ("close", None)
+    assert told["tensorboard"][1][0] == "open" and told["tensorboard"][-1] == ("close", None)
 
 
 def test_a_writer_that_cannot_start_ends_the_run_with_its_reason(tmp_path, told, monkeypatch):

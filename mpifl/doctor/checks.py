@@ -43,17 +43,15 @@ def library(ranks: Sequence[Rank], job: Job) -> Found:
     """MPI: which, what it can do, and how messages travel."""
     mpi = ranks[0].mpi
     yield Fact("launcher", ranks[0].launcher or "none")
-    name = (
-        ranks[0].versions["MPI"] if len(ranks) > 1 else mpi.get("version", "none that mpi4py finds").partition("\n")[0]
-    )
     if len(ranks) == 1:
-        yield Fact("MPI", f"{' '.join(name.split())}; not in use, as this process is alone")
+        found = " ".join(mpi.get("version", "none that mpi4py finds").partition("\n")[0].split())
+        yield Fact("MPI", f"{found}; not in use, as this process is alone")
     else:
+        name = ranks[0].versions.get("MPI", "unknown")
         yield Fact("MPI", f"{name}, standard {mpi.get('standard')}, thread level {mpi.get('threads')}")
         yield Fact("transports", _transports(ranks))
-        yield Fact(
-            "CUDA-aware", f"{mpi.get('cuda', 'unknown')}; not needed: from GPUs all goes through the host's memory"
-        )
+        staged = "not needed: what lies on a GPU travels through the host's memory"
+        yield Fact("CUDA-aware", f"{mpi.get('cuda', 'unknown')}; {staged}")
         if mpi.get("threads") in ("single", "funneled"):
             yield Problem(
                 f"MPI's thread level is '{mpi['threads']}': a thread that fails could not end the other ranks",
@@ -86,11 +84,11 @@ def nodes(ranks: Sequence[Rank], job: Job) -> Found:
 
 def software(ranks: Sequence[Rank], job: Job) -> Found:
     """The same versions on all ranks, and one kind of processor."""
-    common = {}
-    for name in dict.fromkeys(name for rank in ranks for name in rank.versions):
+    common, known = {}, [rank for rank in ranks if rank.versions]
+    for name in dict.fromkeys(name for rank in known for name in rank.versions):
         version = lambda rank, name=name: rank.versions.get(name, "unknown")  # noqa: E731
-        common[name] = most_common(ranks, version)
-        for value, group in groups(ranks, version).items():
+        common[name] = most_common(known, version)
+        for value, group in groups(known, version).items():
             if value != common[name]:
                 yield Problem(
                     f"{spoken(group)}: {name} {value}, elsewhere {common[name]}",
