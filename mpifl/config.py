@@ -398,7 +398,9 @@ def _spoken(kind: Any) -> str:
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     words[str | Table] = "a name or a table"
     if typing.get_origin(kind) is tuple:
-        return f"a list, each {words.get(typing.get_args(kind)[0], 'a table')}"
+        return f"a list, each {_spoken(typing.get_args(kind)[0]).removeprefix('a list, ')}"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     return words.get(kind, "a table")
 
 

@@ -19,7 +19,7 @@ from mpifl.console import Console, score_rows
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
 from mpifl.launch import Parser, agree, all_or_none, command
-from mpifl.results import read_vector
+from mpifl.results import read_vector, write_json
 from mpifl.scoring import score_central, score_clients
 from mpifl.session import Session
 
@@ -38,17 +38,28 @@ def evaluate(folder: Path, comm: World | Alone, console: Console) -> dict[str, d
             serve(comm, session.host)
             return None
         fleet = Fleet(comm, session.host, job.faults.tolerate, console.say)
-        scored = {}
+        scored, recorded = {}, {}
         for name, theta in vectors.items():
             central = score_central(fleet, session.scorer, theta)
             clients = score_clients(fleet, session.scorer, theta)
             split = session.scorer.client_split
             scored[name] = central | _spread(clients, split)
+            columns = {figure: [None if np.isnan(v) else float(v) for v in clients[figure]] for figure in clients}
+            recorded[name] = {"split": split, "scores": scored[name], "clients": columns}
             whose = f"those of clients, of {len(clients['examples'])} clients' own '{split}' rows"
             console.say(f"{name}: scores are of split '{session.scorer.split}'; {whose}")
             console.table(score_rows(scored[name], "the output of --json"))
         fleet.stop()
+        _record(recorded, folder / "evaluation.json", console)
         return scored
+
+
+def _record(recorded: dict[str, Any], path: Path, console: Console) -> None:
+    """Keep what was found, single clients too, for mpifl.report; a folder of somebody else's stays as it is."""
+    try:
+        write_json(path, recorded)
+    except UserError as error:
+        console.say(str(error))
 
 
 def _spread(clients: dict[str, np.ndarray], split: str) -> dict[str, float]:

@@ -183,7 +183,7 @@ class Totals:
         """Add one round's record."""
         self.rounds += 1
         for name in self.sums:
-            self.sums[name] += record[name]
+            self.sums[name] += record.get(name, 0)
         for phase, seconds in record["seconds"].items():
             self.phases[phase] = self.phases.get(phase, 0.0) + seconds
         self.imbalances.append(record["imbalance"])
@@ -252,7 +252,7 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written: {what}; mend that, and the same command goes on") from None
+        raise UserError(f"{path} cannot be written: {what}; when that is mended the same command goes on") from None
 
 
 def versions(mpi_library: str) -> dict[str, str]:

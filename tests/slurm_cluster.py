@@ -132,7 +132,9 @@ class SlurmJob:
         def running():
             if self.shown("Restarts") == "0":
                 return False
-            if self.shown("JobState") == "PENDING":
+            # What Slurm's delay is for: the daemon of the old step removes sockets that the new one names alike.
+            old = any(f"slurmstepd: [{self.number}." in words for words in self.cluster.processes().values())
+            if self.shown("JobState") == "PENDING" and not old:
                 self.update(StartTime="now", TimeLimit=300)
             return self.shown("JobState") == "RUNNING"
 

@@ -84,7 +84,7 @@ def shared_gpu(ranks):
 def gpus_of_the_first_task(ranks):
     """What mpirun makes of --gpus-per-task=1: all ranks of a node see the same one."""
     for rank in ranks:
-        rank.settings = {"SLURM_GPUS_ON_NODE": "4"}
+        rank.settings = {"SLURM_GPUS_PER_TASK": "1"}
         rank.gpu = replace(rank.gpu, id=f"GPU-{rank.host}", seen=[f"GPU-{rank.host}"])
 
 
@@ -183,12 +183,15 @@ def test_a_planted_problem_is_named_once_with_what_mends_it(name):
     assert mend in problem.mend if mend else problem.mend == ""
 
 
-def test_gpus_that_mpirun_hides_are_missed():
+def test_gpus_that_slurm_gave_to_the_task_of_mpirun_alone_are_missed():
     ranks = healthy()
     gpus_of_the_first_task(ranks)
     found = problems(ranks)  # rank 0 may share; hosts 1 and 2 of the first node, and 3, 4 and 5
     assert [re.match(r"ranks ([\d-]+) on node\d share GPU", problem.what)[1] for problem in found] == ["1-2", "3-5"]
-    assert all("see 1 of the 4 that Slurm gave" in p.what and "--gpus-per-node" in p.mend for p in found)
+    assert all("mpirun's ranks are one task" in p.what and "--gpus-per-node" in p.mend for p in found)
+    for rank in ranks:
+        rank.settings = {}
+    assert not problems(ranks), "more ranks than GPUs"
 
 
 def test_server_that_is_to_have_its_own_gpu_shares_none():

@@ -284,7 +284,7 @@ def test_out_of_memory_halves_the_block_says_so_and_loses_nobody(at_once):
 
     def start(shared, client):
         if at_once_in(client.id) > 2:
-            raise torch.OutOfMemoryError("planted")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return train.start(shared, client)
 
     hungry = train._replace(start=start)
@@ -312,7 +312,7 @@ def at_once_in(id):
 def test_a_client_that_does_not_fit_alone_ends_the_job():
     def start(shared, client):
         if torch._C._functorch.is_batchedtensor(client.id) and at_once_in(client.id) == 1:
-            raise torch.OutOfMemoryError("planted")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return {"one": torch.ones(())}
 
     work = ClientWork(start, lambda shared, client, carry, batch: carry, lambda *of: Upload({}, of[1].n), BATCHES)

@@ -561,7 +561,7 @@ def test_who_failed_in_one_ask_is_not_asked_again_in_the_round(tmp_path):
         UserError("a shard is damaged"),
         MemoryError(),
         OSError(28, "No space left on device"),
-        torch.OutOfMemoryError("CUDA: tried to allocate"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError("CUDA error: device-side assert triggered"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
     ],

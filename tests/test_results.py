@@ -202,6 +202,8 @@ def test_evaluation_gives_the_summarys_figures_exactly_and_those_of_single_clien
     right = (plain(x).argmax(1) == y).double().numpy()
     clients = np.array([right[start:stop].mean() for start, stop in pairwise(offsets) if stop > start])
     assert scored["accuracy, mean of clients"] == pytest.approx(clients.mean(), abs=1e-12)
+    recorded = json.loads((done[0] / "evaluation.json").read_text())["model"]
+    assert recorded["scores"] == scored and recorded["clients"]["accuracy"] == pytest.approx(clients.tolist())
     assert scored["accuracy, worst decile of clients"] == pytest.approx(np.sort(clients)[: len(clients) // 10].mean())
 
 

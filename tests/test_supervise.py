@@ -35,16 +35,26 @@ with open(sys.argv[1], "w+b") as file:
 
 
 @pytest.fixture
-def attempts(tmp_path):
+def supervise(tmp_path, monkeypatch):
+    """`main` in a working directory of its own; handlers of signals are put back afterwards."""
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    monkeypatch.chdir(tmp_path)
+    yield main
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def attempts(supervise, tmp_path, capfd):
     """Supervise a job of which each start does one line of shell; returns the exit status, starts and what was said."""
     (tmp_path / "out").mkdir()
 
     def attempts(*plan, restarts=3):
         (tmp_path / "plan").write_text("\n".join(plan))
         (tmp_path / "n").write_text("0")
-        command = ["-m", "mpifl.supervise", "--restarts", str(restarts), "sh", "-c", ATTEMPT, "run.out=out"]
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-        return done.returncode, int((tmp_path / "n").read_text()), done.stderr
+        status = supervise(["--restarts", str(restarts), "sh", "-c", ATTEMPT, "run.out=out"])
+        return status, int((tmp_path / "n").read_text()), capfd.readouterr().err
 
     return attempts
 
@@ -53,7 +63,8 @@ def test_success_is_a_summary_that_was_written_whatever_the_launcher_says(attemp
     assert attempts("exit 9", "exit 0", "touch out/summary.json; exit 137")[:2] == (0, 3)
     os.utime(tmp_path / "out" / "summary.json", (1, 1))  # of an earlier run
     assert attempts("exit 0")[:2] == (0, 1)
-    assert attempts("exit 1", "exit 0")[:2] == (0, 2)
+    assert attempts("exit 1", "cut -d ' ' -f 6 /proc/$$/stat > session")[:2] == (0, 2)
+    assert int((tmp_path / "session").read_text()) != os.getsid(0)  # Ctrl-C reaches it once
 
 
 @pytest.mark.parametrize("status", [2, 75, 130, 143])
@@ -129,7 +140,7 @@ def test_the_run_folder_is_the_last_one_named_or_the_job_files(tmp_path, monkeyp
     launcher = ["mpirun", "-n", "3", "python", "-m", "mpifl.train"]
     assert run_folder([*launcher, "job.toml"]) == Path("there")
     assert run_folder([*launcher, "job.toml", "run.out=a", 'run.out="b"']) == Path("b")
-    for words in ([], ["other.toml"], ["missing.toml"], ["run.out="]):
+    for words in ([], ["other.toml"], ["missing.toml"], ["run.out="], ['run.out=""']):
         with pytest.raises(UserError, match=r"add run\.out=FOLDER"):
             run_folder([*launcher, *words])
 
@@ -144,22 +155,10 @@ def test_the_run_folder_is_the_last_one_named_or_the_job_files(tmp_path, monkeyp
         (["--frobnicate", "true"], "--help"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(capsys, arguments, says):
-    with restored_handlers():
-        assert main(arguments) == 2
+def test_a_mistake_is_one_line_and_status_2(supervise, capsys, arguments, says):
+    assert supervise(arguments) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
-
-
-class restored_handlers:
-    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __enter__(self):
-        self.handlers = [signal.getsignal(number) for number in self.numbers]
-
-    def __exit__(self, *_):
-        for number, handler in zip(self.numbers, self.handlers):
-            signal.signal(number, handler)
 
 
 @pytest.mark.launches

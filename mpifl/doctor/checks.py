@@ -42,7 +42,7 @@ _LOOK_AT = {
 def library(ranks: Sequence[Rank], job: Job) -> Found:
     """MPI: which, what it can do, and how messages travel."""
     mpi = ranks[0].mpi
-    yield Fact("launcher", ranks[0].launcher or "none")
+    yield Fact("launcher", ranks[0].launcher or ("srun" if "SLURM_STEP_ID" in ranks[0].settings else "none"))
     if len(ranks) == 1:
         found = " ".join(mpi.get("version", "none that mpi4py finds").partition("\n")[0].split())
         yield Fact("MPI", f"{found}; not in use, as this process is alone")

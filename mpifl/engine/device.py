@@ -21,9 +21,7 @@ class Seat:
     server: bool = False
 
 
-def gpu_of(
-    seat: Seat, gpus: int, server_gpu: Literal["share", "own"] = "share", visible: str = ""
-) -> tuple[int, str]:
+def gpu_of(seat: Seat, gpus: int, server_gpu: Literal["share", "own"] = "share", visible: str = "") -> tuple[int, str]:
     """Return which of the `gpus` (at least 1) that a rank sees is its own, and a line for people where hosts share.
 
     Hosts take them in turn, so that two share one only where there are more hosts than GPUs. The server joins those
