@@ -1,7 +1,7 @@
 """A dataset whose job has ranks that die at a place of one's choice, once each, however often it is started again.
 
-The variable BOMBS holds one or more "rank phase round signal", separated by commas, rounds counted from 0; BOMBS_USED
-is a folder that remembers which went off.
+The variable BOMBS holds one or more "rank phase round signal", separated by commas: the phase or what its time is
+booked under, rounds counted from 0. BOMBS_USED is a folder that remembers which went off.
 """
 
 import os
@@ -25,7 +25,8 @@ def plant():
     def enter_and_perhaps_die(clock, phase):
         left = enter(clock, phase)
         for number, (rank, where, round, name) in enumerate(bombs):
-            if (str(clock.rank), phase, str(clock.round)) == (rank, where, round) and clock._map and unused(number):
+            here = (rank, round) == (str(clock.rank), str(clock.round)) and where in (phase, clock.account)
+            if here and clock._map and unused(number):
                 os.kill(os.getpid(), getattr(signal, name))
         return left
 
