@@ -42,8 +42,8 @@ def introduce(session: Session, console: Console) -> None:
     if job.faults.simulated:
         first = session.turnout(0)
         console.say(
-            f"faults: of {first.asked} clients asked in round 1, {len(first.ids)} train ({first.dropped} dropped, "
-            f"{first.late} late), in {first.seconds:.1f} virtual seconds"
+            f"faults: {first.asked} clients are asked in round 1, of them {first.dropped} dropped and {first.late} late; "
+            f"it takes {first.seconds:.1f} virtual seconds"
         )
     if session.scorer.split == "train":
         console.say("there is no test split: test_loss and scores are of the training examples")

@@ -22,7 +22,7 @@ from mpifl.work import Algorithm, ClientWork, Cohort
 class CountingComm:
     """Looks like a world of `size` ranks, counts the bytes that would move, and moves none."""
 
-    rank, local_rank, library, patient = 0, 0, "none", False
+    rank, library, patient = 0, "none", False
 
     def __init__(self, size: int) -> None:
         self.size = size

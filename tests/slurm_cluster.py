@@ -8,10 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from mpifl.measure import accuracy
-
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "slurm" / "virtual_cluster.sh"
 
@@ -159,8 +155,10 @@ class SlurmJob:
         return json.loads((self.out / "summary.json").read_text())
 
 
-def held(scores: torch.Tensor, batch, until: str, seconds: float):
+def held(scores, batch, until: str, seconds: float):
     """Accuracy, which takes so many seconds as long as there is no file `until`: a test lets the job go on by it."""
+    from mpifl.measure import accuracy  # not where only GPUs are looked at: it imports torch
+
     end = time.monotonic() + seconds
     while len(scores) > 2 and time.monotonic() < end and not Path(until).exists():  # 2: a trial when the job is built
         time.sleep(0.02)

@@ -379,8 +379,14 @@ def pretended_nodes(ranks):
 @pytest.mark.parametrize(
     ("algorithm", "ways"),
     [
-        pytest.param("mime", ["flat", "node", "sharded", "sharded, nodes of 1"], marks=pytest.mark.mpi(ranks=3, timeout=90)),
-        pytest.param("scaffold", ["flat", "node", "nodes of 2", "sharded, nodes of 2"], marks=pytest.mark.mpi(ranks=5, timeout=90)),
+        pytest.param(
+            "mime", ["flat", "node", "sharded", "sharded, nodes of 1"], marks=pytest.mark.mpi(ranks=3, timeout=90)
+        ),
+        pytest.param(
+            "scaffold",
+            ["flat", "node", "nodes of 2", "sharded, nodes of 2"],
+            marks=pytest.mark.mpi(ranks=5, timeout=90),
+        ),
         pytest.param("hypcluster", ["nodes of 3", "sharded, nodes of 3"], marks=pytest.mark.mpi(ranks=9, timeout=90)),
         pytest.param("fedavg", ["sharded"], marks=pytest.mark.mpi(ranks=2, timeout=90)),
     ],

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mpifl.tree import Layout, Tree, leaves, unflatten
+from mpifl.tree import Layout, Tree, unflatten
 
 _CHUNK_BYTES = 64 << 20
 
