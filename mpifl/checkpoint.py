@@ -201,6 +201,8 @@ class Checkpoints:
 
     def __init__(self, writer: Writer, fleet: Fleet, every: int, keep: int) -> None:
         self.writer, self.fleet, self.every, self.keep = writer, fleet, every, keep
+        self.saved = 0
+        """Rounds in the last one of this start that is complete."""
         self._rounds: int | None = None
         self._begun, self._any = time.monotonic(), False
 
@@ -238,6 +240,7 @@ class Checkpoints:
                 raise OSError(f"rank {[written.ok for written in ranks].index(False)} could not write its part")
             files = dict(self.writer.written) | {memory_file(r): written for r, written in enumerate(ranks)}
             self._complete(rounds, {name: written for name, written in files.items() if written.bytes})
+            self.saved = rounds
         except OSError as error:
             shutil.rmtree(self.writer.folder / part_name(rounds), ignore_errors=True)
             left = complete(self.writer.folder)

@@ -42,7 +42,7 @@ def introduce(session: Session, console: Console) -> None:
     if job.faults.simulated:
         first = session.turnout(0)
         console.say(
-            f"faults: {first.asked} clients are asked in round 1, of them {first.dropped} dropped and {first.late} late; "
+            f"faults: {first.asked} clients are asked in round 1, {first.dropped} dropped and {first.late} late; "
             f"it takes {first.seconds:.1f} virtual seconds"
         )
     if session.scorer.split == "train":

@@ -161,6 +161,15 @@ def run_folder(command: Sequence[str]) -> Path:
     return Path(named[-1].strip("\"'"))
 
 
+def require_supervisor(on_rank_failure: str) -> None:
+    """Raise UserError for a job that is to be started again and has nobody who would."""
+    if on_rank_failure == "restart" and MARK not in os.environ:
+        raise UserError(
+            'run.on_rank_failure is "restart", which needs a supervisor: start the job by '
+            "`python -m mpifl.supervise mpirun -n 9 python -m mpifl.train ... run.out=FOLDER`"
+        )
+
+
 def _say(text: str) -> None:
     print(f"mpifl: {text}", file=sys.stderr, flush=True)
 

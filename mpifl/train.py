@@ -40,6 +40,7 @@ from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
 from mpifl.sharded import Follower, ShardedFleet
 from mpifl.stopping import ASKED, Stopped, TimeLimit
+from mpifl.supervise import require_supervisor
 from mpifl.tree import Tree, digest
 from mpifl.watchdog import watched
 from mpifl.work import Cohort
@@ -63,6 +64,7 @@ def run(
     clock = Clock(comm.rank)
     console = Console(quiet or comm.rank > 0)
     job = agree(comm, lambda: job if isinstance(job, Job) else _load(job, overrides))
+    agree(comm, lambda: require_supervisor(job.run.on_rank_failure) if comm.rank == 0 else None)
     if job.seeds == 1:
         return _run_one(job, comm, clock, console)
     base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
@@ -119,9 +121,9 @@ def _train_or_serve(
     job, comm, host = session.job, session.comm, session.host
     with (
         all_or_none(comm, host.clock, path),
+        watched(comm, host.clock, path, job.run.stall_timeout),
         comm.using(job.comm.reduce, console.say),
         comm.on_own_cores(job.run.threads),
-        watched(comm, host.clock, path, job.run.stall_timeout),
         profiled(path / "profile", comm, session) as profile,
         ASKED.while_training(),
     ):
@@ -139,8 +141,9 @@ def _train_or_serve(
             console.say(f"another machine than before ({other}): the last bits may differ from an undisturbed run's")
         writers.open(path, job)
         totals, saving = Totals(records), Checkpoints(writer, fleet, job.run.save_every, job.run.keep)
+        journal = Journal(folder, totals, console, job.rounds, host.clock, comm.size > 1, writers)
         limit = TimeLimit(seconds_of(job.run.time_limit), began)
-        state, why = train(session, fleet, folder, totals, console, saving, limit, start, writers)
+        state, why = train(session, fleet, journal, saving, limit, start)
         if why:
             fleet.stop(early=True)
         else:
@@ -149,8 +152,9 @@ def _train_or_serve(
         if profile:
             report(profile.gather(), fleet.balance, profile.folder, console)
         if why:
-            done = f"{totals.rounds} of {job.rounds} rounds are done, and a checkpoint is written"
-            console.say(f"stopped by {why}: {done}; the same command goes on ({path})")
+            done = f"{totals.rounds} of {job.rounds} rounds are done"
+            goes_on = f"the same command goes on after round {saving.saved}"
+            console.say(f"stopped by {why}: {done}; {goes_on} ({path})")
             return STOPPED
         _conclude(summary, console)
         return summary
@@ -196,18 +200,14 @@ def _follower(session: Session, fleet: Fleet, writer: Writer, start: tuple[int, 
 def train(
     session: Session,
     fleet: Fleet,
-    folder: RunFolder,
-    totals: Totals,
-    console: Console,
+    journal: Journal,
     saving: Checkpoints,
     limit: TimeLimit,
     start: tuple[int, Tree],
-    writers: Writers,
 ) -> tuple[Tree, str]:
     """Run the rounds; returns the last state, and why that was before the last round ("": it was not)."""
-    job, algorithm, clock = session.job, session.parts.algorithm, session.host.clock
+    job, algorithm, clock, console = session.job, session.parts.algorithm, session.host.clock, journal.console
     first, state = start
-    journal = Journal(folder, totals, console, job.rounds, clock, session.comm.size > 1, writers)
     fleet.meanwhile, by_server = journal.work, session.server_scores
     longest, why = 0.0, ""
     clock.lap()
@@ -246,7 +246,7 @@ def train(
             why = "" if last else ASKED.name or (fleet.asked_to_stop and "a signal") or limit.reason(longest)
             if why or saving.due(round + 1, last):
                 journal.finish()
-                folder.make_rounds_durable()
+                journal.folder.make_rounds_durable()
                 saving.begin(round + 1, fleet.fetch(state), _about(session))
                 fleet.read_traffic()
             if why:

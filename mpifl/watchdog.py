@@ -25,8 +25,13 @@ from mpifl.launch import agree
 
 WATCHERS = 8
 """Ranks that look after all: if every one did, a thousand would read a million files."""
-PULSE, LOOK, FLUSH = 0.025, 1.0, 10.0
-"""Seconds between pulses, looks (longer with hundreds of ranks), and writes for those who read on other machines."""
+PULSE, SLOW = 0.03, 0.25
+"""Seconds between pulses in a long batch, and where the work's own beats tell enough.
+
+A launcher takes longer than the former to kill the other ranks of one that died: that one falls silent first.
+"""
+LOOK, FLUSH = 1.0, 10.0
+"""Seconds between looks (more with hundreds of ranks), and between writes for those who read on other machines."""
 GRACE = 3.0
 """Seconds in which a launcher ends the job of a dead rank by itself."""
 ANSWER = 1.5
@@ -97,10 +102,12 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Give the pulse, and look now and then, until stopped."""
         looked = flushed = time.monotonic()
+        beat, pause = 0.0, PULSE
         file = os.open(_rank_file(self.status, self.comm.rank), os.O_RDWR)
         try:
-            while not self._stopped.wait(PULSE):
-                self.clock.pulse()
+            while not self._stopped.wait(pause):
+                before, beat = beat, self.clock.pulse()
+                pause = PULSE if beat == before else SLOW
                 now = time.monotonic()
                 if now - looked >= self.every:
                     looked = now

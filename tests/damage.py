@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from hypothesis import strategies as st
 from mutations import BytesEdit, byte_edits, strange_values
-from shard_files import sha256, vouched
+from shard_files import fixed, sha256, vouched
 
 # ---- any file
 
@@ -161,7 +161,7 @@ class OfText:
             name = texts[int(self.table * len(texts))]
             text = with_json_edited(index[name].asstr()[()], self.which, self.value)
             del index[name]
-            index[name] = text
+            index[name] = fixed(text)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Fitting:
             found = {split: self._fit(folder, group) for split, group in index["splits"].items()}
             if self.checksums:
                 whole = json.dumps([index["features"].asstr()[()], found], sort_keys=True)
-                index.attrs["digest"] = hashlib.sha256(whole.encode()).hexdigest()
+                index.attrs["digest"] = fixed(hashlib.sha256(whole.encode()).hexdigest())
 
     def _fit(self, folder, group):
         shards, digests = (json.loads(group[name].asstr()[()]) for name in ("shards", "digests"))
@@ -213,7 +213,7 @@ class Fitting:
                 digests["crc32"] = crc32
         for name, value in {"shards": shards, "digests": digests}.items():
             del group[name]
-            group[name] = json.dumps(value)
+            group[name] = fixed(json.dumps(value))
         return digests
 
 

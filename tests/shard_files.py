@@ -100,8 +100,8 @@ def plant(folder, splits, features=FEATURES, alter=None, **storage):
     folder.mkdir()
     digests, text = {}, json.dumps(features, sort_keys=True)
     with h5py.File(folder / "index.h5", "w") as index:
-        index.attrs["format"], index.attrs["version"] = "mpifl-shards", 2
-        index["features"], index["provenance"] = text, json.dumps({"source": "planted"})
+        index.attrs["format"], index.attrs["version"] = fixed("mpifl-shards"), 2
+        index["features"], index["provenance"] = fixed(text), fixed(json.dumps({"source": "planted"}))
         for split, (held, borders, central) in splits.items():
             entries, crc32, sizes, ids = [], {name: [] for name in held[0][1]}, [], []
             for number, (first, last) in enumerate(pairwise(borders)):
@@ -121,11 +121,16 @@ def plant(folder, splits, features=FEATURES, alter=None, **storage):
                 "ids": "" if central else sha256(ids),
                 "crc32": {name: sha256(*parts) for name, parts in crc32.items()},
             }
-            group["shards"], group["digests"] = json.dumps(entries), json.dumps(digests[split])
+            group["shards"], group["digests"] = fixed(json.dumps(entries)), fixed(json.dumps(digests[split]))
             group["sizes"], group["ids"] = sizes, ids
         whole = json.dumps([text, digests], sort_keys=True)
-        index.attrs["digest"] = hashlib.sha256(whole.encode()).hexdigest()
+        index.attrs["digest"] = fixed(hashlib.sha256(whole.encode()).hexdigest())
     return folder
+
+
+def fixed(text):
+    """A text of fixed length."""
+    return np.array(text.encode(), h5py.string_dtype("utf-8", len(text.encode())))
 
 
 def replace_text(group, name, change):

@@ -49,11 +49,15 @@ class Cluster:
         assert not self.folder.exists()
         assert str(self.folder) not in Path("/proc/self/mounts").read_text()
 
+    def run(self, *words) -> subprocess.CompletedProcess:
+        """Run a Slurm command."""
+        settings = {"env": self.settings, "cwd": self.home, "timeout": 30}
+        return subprocess.run([str(word) for word in words], capture_output=True, text=True, **settings)
+
     def say(self, *words) -> str:
         """What a Slurm command prints; it must succeed."""
-        command = [str(word) for word in words]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.settings, cwd=self.home, timeout=30)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        done = self.run(*words)
+        assert done.returncode == 0, f"{done.args}: {done.stderr}"
         return done.stdout.strip()
 
     def submit(self, file: Path, *words, options=()) -> "SlurmJob":
@@ -115,26 +119,22 @@ class SlurmJob:
     def wait_for_rounds(self, rounds: int):
         self.wait_until(lambda: len(self.rounds()) >= rounds, f"at round {rounds}")
 
-    def wait_to_end(self, seconds: float = 90) -> str:
-        """Its final state, such as COMPLETED; its log is shown if the test fails."""
-        going_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        self.wait_until(lambda: self.shown("JobState") not in going_on, "done", seconds)
+    def wait_to_end(self, seconds: float = 120) -> str:
+        """Its final state, such as COMPLETED; its log is shown if the test fails. Cuts the delay before a new start."""
+
+        def ended():
+            state, nodes_free = self.shown("JobState"), not self._daemons()
+            if state == "PENDING" and nodes_free and self.shown("Restarts") != "0":
+                self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")  # it may just start
+            return nodes_free and state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+
+        self.wait_until(ended, "done", seconds)
         print(self.log)
         return self.shown("JobState")
 
-    def wait_to_start_again(self, seconds: float = 90):
-        """Once it was requeued, skip Slurm's delay, and see it running, with a time limit that is far."""
-
-        def running():
-            if self.shown("Restarts") == "0":
-                return False
-            # What Slurm's delay is for: the daemon of the old step removes sockets that the new one names alike.
-            old = any(f"slurmstepd: [{self.number}." in words for words in self.cluster.processes().values())
-            if self.shown("JobState") == "PENDING" and not old:
-                self.update(StartTime="now", TimeLimit=300)
-            return self.shown("JobState") == "RUNNING"
-
-        self.wait_until(running, "running again", seconds)
+    def _daemons(self) -> list[str]:
+        """Of its steps: when they end, they remove sockets that those of a new start would name alike."""
+        return [words for words in self.cluster.processes().values() if f"slurmstepd: [{self.number}." in words]
 
     def ranks(self) -> list[int]:
         """Pids of its ranks, as they are outside the nodes."""
@@ -165,9 +165,10 @@ def held(scores, batch, until: str, seconds: float):
     return accuracy(scores, batch)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # which GPU a rank takes, without a GPU
     from mpifl.comm import connect
+    from mpifl.engine.device import gpu_of
 
-    comm = connect()
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    print(f"rank {comm.rank} on {os.uname().nodename} sees {seen}\n", end="", flush=True)  # in one piece
+    comm, seen = connect(), os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    taken = seen[gpu_of(comm.seat, len(seen))[0]]
+    print(f"rank {comm.rank} on {os.uname().nodename} takes {taken} of {seen}\n", end="", flush=True)  # in one piece

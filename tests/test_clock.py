@@ -78,6 +78,11 @@ def test_a_status_file_says_where_the_rank_is_at_every_change_of_phase(tmp_path)
     )
     clock.round = 7
     clock.visit(1_000_000_007)
+    with clock.booked("evaluate"):
+        with clock.during("train"):
+            assert read().phase == "evaluate/train"
+        assert read().phase == "evaluate/sample"
+    assert read().phase == "sample"
     with clock.during("a phase with a name too long"):
         now = read()
         assert (now.phase, now.round, now.client) == ("a phase with a n", 7, 1_000_000_007)
@@ -105,6 +110,7 @@ def test_a_status_file_tells_batches_signs_of_life_and_whose_they_are(tmp_path):
         give()
         assert getattr(read(), sign) > getattr(before, sign) and getattr(read(), other) == getattr(before, other)
         assert read().last_sign == getattr(read(), sign)
+    assert clock.pulse() == read().beat and Clock().pulse() == 0.0
     before = read()
     clock.enter("wait")
     assert read().beat >= before.beat and read().steps == 3

@@ -552,6 +552,26 @@ def test_one_open_file_per_touched_shard(planted, open_dataset):
 # ---- shipped datasets
 
 
+def test_texts_of_any_length_as_older_writers_made_them_are_read(planted, open_dataset):
+    with h5py.File(planted / "index.h5", "r+") as index:
+        for holder, name in [(index, "features"), (index, "provenance"), (index["splits/train"], "shards")]:
+            replace_text(holder, name, lambda value: None)
+        for name in ("format", "digest"):
+            index.attrs[name] = index.attrs[name].decode()
+        assert h5py.check_string_dtype(index["features"].dtype).length is None
+    dataset = open_dataset(planted)
+    assert_same(dataset.client("train", 0), clients()[0][1])
+
+
+@pytest.mark.parametrize("table", ["sizes", "ids"])
+def test_an_index_whose_table_of_clients_is_gone_is_named(planted, open_dataset, table):
+    with h5py.File(planted / "index.h5", "r+") as index:
+        index.move(f"splits/train/{table}", "elsewhere")
+    with pytest.raises(UserError, match="index.h5: a table is missing or cannot be read") as error:
+        open_dataset(planted).client("train", 0)
+    assert one_line(error)
+
+
 def test_embedded_digits_are_whole(open_dataset):
     dataset = open_dataset(embedded("digits"))
     assert (dataset.clients, dataset.total("train"), dataset.total("test")) == (100, 1437, 360)

@@ -46,7 +46,7 @@ def test_a_signal_finishes_the_round_and_the_same_command_goes_on(launch, tmp_pa
     sender.join()
     assert done.returncode == STATUS
     [rounds] = [found.rounds for found in complete(tmp_path / "out" / "checkpoints")]
-    assert f"{rounds} of 1000000 rounds are done, and a checkpoint is written" in done.stdout
+    assert f"{rounds} of 1000000 rounds are done; the same command goes on after round {rounds}" in done.stdout
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == rounds
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "summary.json").exists()
 

@@ -1,6 +1,7 @@
 """The dataset on disk: a folder of HDF5 shards and one small index; the same input gives the same bytes.
 
-    index.h5                     attributes: format, version, digest; features and provenance (JSON texts)
+    index.h5                     attributes: format, version, digest; features and provenance (JSON texts); all texts
+                                 are of fixed length
       splits/<split>             shards (JSON text: file, bytes, first client, digest)
         digests  (JSON text)     central; sha256 of sizes, of ids, and of crc32 of each column, all shards together
         sizes    int64 (C,)      rows of each client; a client's index in its split is its position here

@@ -53,7 +53,7 @@ class Dataset:
             self._read_header()
 
     def _read_header(self) -> None:
-        header = dict(self._index.attrs)
+        header = {name: _plain(value) for name, value in self._index.attrs.items()}
         found = f"{header.get('format')} {header.get('version')}"
         if found != f"{FORMAT} {VERSION}":
             raise UserError(f"{self.path} is {found}, not {FORMAT} {VERSION}; update mpifl or convert again")
@@ -179,7 +179,8 @@ class _Split:
 
     def checked(self, table: str) -> np.ndarray:
         """Table "sizes" or "ids" of all clients, if it is the one that the index was written with."""
-        values = self.group[table][:]
+        with _blaming(self.folder / INDEX):
+            values = self.group[table][:]
         if values.ndim != 1 or (table == "sizes" and values.dtype != np.int64):
             found = f"{values.dtype} {values.shape}"
             raise damaged(self.folder / INDEX, f"its {table} of split '{self.name}' are {found}")
@@ -188,7 +189,8 @@ class _Split:
         return values
 
     def client_id(self, index: int) -> str:
-        return self.group["ids"][index].decode()
+        with _blaming(self.folder / INDEX):
+            return self.group["ids"][index].decode()
 
     def shard(self, number: int) -> _Shard:
         if number not in self.opened:
@@ -223,7 +225,9 @@ class _Shard:
     def _check(self, digest: str, clients: slice) -> None:
         if not np.array_equal(np.diff(self.offsets), self.split.sizes[clients]):
             raise damaged(self.path, "offsets do not give the sizes of clients that the index has")
-        if not _equal(self.file["ids"], self.split.group["ids"], clients):
+        with _blaming(self.split.folder / INDEX):
+            ids = self.split.group["ids"]
+        if not _equal(self.file["ids"], ids, clients):
             raise damaged(self.path, "its clients are not those that the index has")
         for column in self.columns.values():
             column.check()
@@ -263,13 +267,23 @@ def embedded(name: str) -> Path:
 def _reading(file: h5py.File, path: Path) -> Iterator[None]:
     """Close the file if a table is not what it should be; UserError naming it."""
     try:
-        yield
+        with _blaming(path):
+            yield
     except UserError:
         file.close()
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-        file.close()
-        raise damaged(path, f"a table is missing or cannot be read ({error})") from None
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Raise UserError naming the file for whatever h5py, NumPy or Python says of a table in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise damaged(path, f"a table is missing or cannot be read ({said})") from None
 
 
 def _equal(table: h5py.Dataset, other: h5py.Dataset, part: slice, at_once: int = 1 << 16) -> bool:
@@ -277,6 +291,11 @@ def _equal(table: h5py.Dataset, other: h5py.Dataset, part: slice, at_once: int =
     borders, first = [*range(part.start, part.stop, at_once), part.stop], part.start
     same = (np.array_equal(table[start - first : stop - first], other[start:stop]) for start, stop in pairwise(borders))
     return len(table) == part.stop - first and all(same)
+
+
+def _plain(attribute: Any) -> Any:
+    """An attribute's value; of a text of fixed length, as it is written, the text."""
+    return attribute.decode(errors="replace") if isinstance(attribute, bytes) else attribute
 
 
 def _text(dataset: h5py.Dataset) -> str:

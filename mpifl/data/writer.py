@@ -187,11 +187,11 @@ class Unfinished:
         tables = {split: self._collect(split, *kind, storage) for split, kind in sorted(splits.items())}
         features = features_json(_standardized(storage, tables))
         with new_file(self.folder / INDEX) as index:
-            index.attrs["format"], index.attrs["version"] = FORMAT, VERSION
-            index["features"], index["provenance"] = features, provenance
+            index.attrs["format"], index.attrs["version"] = _fixed(FORMAT), VERSION
+            index["features"], index["provenance"] = _fixed(features), _fixed(provenance)
             for split, table in tables.items():
                 table.write(index.create_group(f"splits/{split}"))
-            index.attrs["digest"] = content_digest(features, {s: t.digests for s, t in tables.items()})
+            index.attrs["digest"] = _fixed(content_digest(features, {s: t.digests for s, t in tables.items()}))
         try:
             self._give_name(tables)
         except OSError as error:
@@ -273,9 +273,15 @@ class _Tables:
 
     def write(self, group: h5py.Group) -> None:
         ids = self.ids
-        group["shards"], group["digests"] = json.dumps(self.shards), json.dumps(self.digests)
+        group["shards"], group["digests"] = _fixed(json.dumps(self.shards)), _fixed(json.dumps(self.digests))
         group["sizes"] = np.concatenate(self._sizes)
         group["ids"] = ids.astype(h5py.string_dtype("utf-8", ids.dtype.itemsize))
+
+
+def _fixed(text: str) -> np.ndarray:
+    """A text of fixed length: where HDF5 keeps those of any length, a few zeroed bytes have it search for ever."""
+    encoded = text.encode()
+    return np.array(encoded, h5py.string_dtype("utf-8", len(encoded)))
 
 
 def provenance_json(provenance: dict | None) -> str:

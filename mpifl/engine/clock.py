@@ -130,10 +130,13 @@ class Clock:
         if self.listener is not None:
             self.listener(left, account, since + self._epoch, now + self._epoch, self.round, self.client)
         self._since, self.phase = now, phase
-        if self._map is not None:
-            at = now + self._epoch
-            _CHANGING.pack_into(self._map, _CHANGING_AT, self.round, self.client, at, phase.encode(), at)
+        self._mirror(now + self._epoch)
         return left
+
+    def _mirror(self, at: float) -> None:
+        if self._map is not None:
+            where = f"{self.account}/{self.phase}" if self.account else self.phase
+            _CHANGING.pack_into(self._map, _CHANGING_AT, self.round, self.client, at, where.encode(), at)
 
     def beat(self) -> None:
         """Give a sign of life: the work goes on."""
@@ -147,10 +150,12 @@ class Clock:
             self.beat()
             yield batch
 
-    def pulse(self) -> None:
-        """Give the other sign of life, from a thread of its own: the process runs, whatever its work does."""
-        if self._map is not None:
-            _PULSE.pack_into(self._map, _PULSE_AT, time())
+    def pulse(self) -> float:
+        """Give the other sign of life, from a thread of its own: the process runs. Returns when the last beat was."""
+        if self._map is None:
+            return 0.0
+        _PULSE.pack_into(self._map, _PULSE_AT, time())
+        return _BEAT.unpack_from(self._map, _BEAT_AT)[0]
 
     def during(self, phase: str) -> _During:
         """Be in `phase` within a `with` block; an exception leaves the clock where it happened, to be reported."""
@@ -164,6 +169,7 @@ class Clock:
         yield
         self.enter(self.phase)
         self.account = outer
+        self._mirror(time())
 
     def visit(self, client: int) -> None:
         """Note the client at work; it is mirrored with the phase that comes next."""

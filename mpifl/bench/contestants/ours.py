@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from mpifl import __version__
+from mpifl.checkpoint import Checkpoints, Writer
 from mpifl.comm import Alone, World
 from mpifl.config import load
 from mpifl.console import Console
 from mpifl.engine.clock import Clock
 from mpifl.fleet import Fleet, serve
+from mpifl.journal import Journal
 from mpifl.launch import agree, all_or_none, command
 from mpifl.results import RunFolder, Totals
 from mpifl.session import Session
+from mpifl.stopping import TimeLimit
 from mpifl.train import train
 
 NAP = 0.005
@@ -44,7 +47,12 @@ def _nap() -> bool:
 def turn(session: Session, folder: RunFolder) -> tuple[list[float], np.ndarray]:
     """Train all rounds from the start; returns seconds of each, evaluation apart, and the model, (P,)."""
     fleet = Fleet(session.comm, session.host, of_a_round=session.parts.algorithm.works)
-    state = train(session, fleet, folder, Totals(), Console(quiet=True))
+    rounds, host = session.job.rounds, session.host
+    folder.path.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder, Totals(), Console(quiet=True), rounds, host.clock, session.comm.size > 1)
+    saving = Checkpoints(Writer(folder.path, 0, host.memory), fleet, every=rounds + 1, keep=1)
+    start = session.parts.algorithm.init(session.theta.clone())
+    state, _ = train(session, fleet, journal, saving, TimeLimit(0.0, 0.0), (0, start))
     fleet.stop()
     lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-session.job.rounds :]
     spent = [json.loads(line)["seconds"] for line in lines]
