@@ -289,9 +289,14 @@ class Checkpoint:
     def about(self) -> dict[str, Any]:
         """What run.json says."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            about = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            texts = [about["dataset"], about["row"], about["hardware"], about["versions"]["torch"], *about["branches"]]
+            limits = [limit for of_a_work in about["limits"].values() for limit in of_a_work]
+            if not all(isinstance(text, str) for text in texts) or not all(0 < limit < 1e290 for limit in limits):
+                raise ValueError("it does not say what a checkpoint's must")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"run.json: {error}") from None
+        return about
 
     def verify(self, share: int, shares: int) -> None:
         """Compare every shares-th file with its crc32, and the sizes of all."""
@@ -302,9 +307,12 @@ class Checkpoint:
                 raise Damaged(f"{name} has {'no' if found is None else found} bytes, and had {size}")
             if number % shares == share and _crc(path) != crc:
                 raise Damaged(f"{name} is not what was written: its crc32 differs")
+            if name.endswith(".safetensors"):
+                with safe_open(path, "pt"):  # reads what it holds
+                    pass
 
-    def server(self) -> Tree:
-        """The server's state."""
+    def server(self, like: Tree) -> Tree:
+        """The server's state, which must have the leaves of `like`."""
         with safe_open(self.path / "server.safetensors", "pt") as file:
             state = unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
         for name in self.about["branches"]:
@@ -313,6 +321,9 @@ class Checkpoint:
             for folder in folders:
                 node = node.setdefault(folder, {})
             node[last] = {}
+        there, wanted = ({name: (l.dtype, l.shape) for name, l in leaves(tree)} for tree in (state, like))
+        if other := sorted(name for name, kind in wanted.items() if there.get(name) != kind):
+            raise UserError(f"{self.path} holds another state of the server than this program's ({', '.join(other)})")
         return state
 
     def restore(self, memory: ClientMemory, mine: Any) -> None:
@@ -320,6 +331,10 @@ class Checkpoint:
         for name in sorted(self.files):
             if name.startswith("memory-"):
                 with safe_open(self.path / name, "pt") as file:
+                    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                    count = shapes.get("client", (0,))
+                    if shapes != {"client": count, "visits": count, "rows": (*count, memory.layout.bytes)}:
+                        raise UserError(f"{self.path / name} does not hold client memory; choose another run.out")
                     clients, visits = file.get_tensor("client"), file.get_tensor("visits")
                     chosen = np.flatnonzero(mine(clients.numpy()))
                     rows = file.get_slice("rows")
@@ -344,9 +359,14 @@ def complete(folder: Path) -> list[Checkpoint]:
             files = json.loads((path / MARK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if name and isinstance(files, dict) and {"server.safetensors", "run.json"} <= files.keys():
+        if name and isinstance(files, dict) and {"server.safetensors", "run.json"} <= files.keys() and _sized(files):
             found.append(Checkpoint(path, int(name[1]), files))
     return sorted(found, key=lambda checkpoint: -checkpoint.rounds)
+
+
+def _sized(files: dict[str, Any]) -> bool:
+    """Whether each file has its size and crc32."""
+    return all(isinstance(said, list) and list(map(type, said)) == [int, int] for said in files.values())
 
 
 def newest(comm: World | Alone, folder: Path) -> Checkpoint | None:

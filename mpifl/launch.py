@@ -7,6 +7,7 @@ found before training end all ranks in order, and whatever is raised later abort
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import threading
@@ -148,7 +149,7 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
         except SystemExit as leave:
             raise RuntimeError(f"sys.exit({leave.code!r}) was called ({clock.where()})") from leave
         except Exception as raised:
-            error = _mendable(raised)
+            error = _mendable(raised, folder)
             if isinstance(error, UserError):
                 error.in_training = True
             raise error  # noqa: B904 - itself, or what stands for it
@@ -165,7 +166,7 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
 
 
 def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException | None) -> None:
-    status, error = 1, _mendable(error)
+    status, error = 1, _mendable(error, report.parent)
     if isinstance(error, KeyboardInterrupt):
         name, status = interruption(error)
         text = f"mpifl: {name}{_left_in(clock, report.parent)}"
@@ -183,12 +184,21 @@ def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException |
     comm.abort(status)
 
 
-def _mendable(error: BaseException | None) -> BaseException | None:
-    """The error, or a UserError in place of one that only says that memory is short."""
-    if not is_of_memory(error):
-        return error
-    told = str(error).strip().partition("\n")[0] or type(error).__name__
-    return UserError(f"not enough memory ({told}); take a smaller model or batches, or fewer ranks on a node")
+def _mendable(error: BaseException | None, folder: Path | None = None) -> BaseException | None:
+    """The error, or a UserError in place of one that says that memory or a disk is full, or of the run folder's files."""
+    if is_of_memory(error):
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        return UserError(f"not enough memory ({told}); take a smaller model or batches, or fewer ranks on a node")
+    if isinstance(error, OSError) and (error.errno in _OF_DISKS or _is_in(folder, error.filename)):
+        return UserError(f"{error.filename or folder or 'a file'} cannot be used: {error.strerror}")
+    return error
+
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def _is_in(folder: Path | None, name: object) -> bool:
+    return folder is not None and isinstance(name, str) and Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def _left_in(clock: Clock, folder: Path) -> str:

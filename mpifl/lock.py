@@ -46,7 +46,7 @@ class Holder:
         while files := _files(folder / "lock"):
             path = files[-1]
             try:
-                with path.open(encoding="utf-8") as file:  # which has NFS ask the server
+                with path.open(encoding="utf-8", errors="replace") as file:  # which has NFS ask the server
                     text, heartbeat = file.read(), os.fstat(file.fileno()).st_mtime
             except FileNotFoundError:
                 continue  # somebody has just taken it over

@@ -96,12 +96,12 @@ class RunFolder:
                 f"the run in '{self.path}' is finished with {self._finished} rounds, and has no checkpoint to add more "
                 f"to; {_OTHER}, with run.save_every if it may grow"
             )
+        records = [record for record in _records(self.path / METRICS) if record["round"] <= (done or 0)]
         table = resolved(self.job)
         if Path(self.job.data.path).is_dir():  # so that the run can be scored from anywhere
             table["data"]["path"] = str(Path(self.job.data.path).resolve())
         write_text(self.path / CONFIG, to_toml(table))
         (self.path / SUMMARY).unlink(missing_ok=True)  # rounds were added to a run that was finished
-        records = [record for record in _records(self.path / METRICS) if record["round"] <= (done or 0)]
         if self.old:
             write_text(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
         return records
@@ -154,13 +154,14 @@ _OTHER = "choose another run.out"
 def _records(path: Path) -> list[dict[str, Any]]:
     """Rounds on record, in order, up to where a killed run may have left half a line."""
     records: list[dict[str, Any]] = []
-    if path.exists():
+    if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict) or record.get("round") != len(records) + 1:
+                if record["round"] != len(records) + 1:
+                    break
+                Totals([record])
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break
             records.append(record)
     return records

@@ -84,18 +84,14 @@ class Status:
 
     def line(self) -> str:
         """The run in one line."""
-        parts = [f"{self.state}: {self.done} of {self.rounds} rounds"]
-        speed, clients = self.speed
-        if self.state == RUNNING and speed:
-            parts.append(f"{speed:.3g} rounds/s, {clients:.0f} clients/s")
-            parts.append(f"{_duration((self.rounds - self.done) / speed)} left")
         scores = {name: value for name, value in self.scores[1].items() if isinstance(value, float)}
+        parts = [self._rounds(), *(value for _, value in self._pace())]
         return "  ".join([*parts, *(f"{name} {value:.4f}" for name, value in scores.items())])
 
     def lines(self) -> list[str]:
         """All there is to say."""
         after, scores = self.scores
-        rows = [("run", str(self.folder)), ("state", self.line())]
+        rows = [("run", str(self.folder)), ("state", self._rounds()), *self._pace()]
         rows += [(f"{name}, round {after}", value) for name, value in score_rows(scores, "metrics.jsonl")]
         if self.state != FINISHED:
             checkpoint = "none" if self.checkpoint is None else f"after round {self.checkpoint}"
@@ -108,12 +104,22 @@ class Status:
             lines += last_words(self.folder)
         return lines
 
+    def _rounds(self) -> str:
+        return f"{self.state}: {self.done} of {self.rounds} rounds"
+
+    def _pace(self) -> list[tuple[str, str]]:
+        speed, clients = self.speed
+        if self.state != RUNNING or not speed:
+            return []
+        left = _duration((self.rounds - self.done) / speed)
+        return [("speed", f"{speed:.3g} rounds/s, {clients:.0f} clients/s"), ("time", f"{left} left")]
+
     def _table(self) -> list[str]:
         head = ("rank", "host", "pid", "phase", "round", "client", "silent", "")
         rows = [head]
         shown = sorted(self.ranks, key=lambda rank: rank.beat)[:_SHOWN]
         for rank in sorted(shown, key=lambda rank: rank.rank):
-            alive = {True: "alive", False: "dead", None: "on another machine"}[rank.process.alive]
+            alive = {True: "alive", False: "has left", None: "on another machine"}[rank.process.alive]
             note = "STUCK" if rank in self.stuck else ""
             place = (str(rank.round + 1) if rank.round >= 0 else "", str(rank.client) if rank.client >= 0 else "")
             silent = f"{max(0.0, self.now - rank.beat):.1f} s"
@@ -136,14 +142,14 @@ def last_words(folder: Path, since: float = 0.0) -> list[str]:
     ranks = [rank for rank in Whereabouts.of_run(folder) if rank.phase != ENDED and rank.last_sign > since]
     if not ranks:
         return []
-    ranks.sort(key=lambda rank: rank.last_sign)
+    ranks.sort(key=lambda rank: (rank.process.alive or False, rank.last_sign))  # who still runs was not the first
     first = ranks[0].last_sign
     lines = []
     for rank in ranks[:_SHOWN]:
-        since = time.strftime("%H:%M:%S", time.localtime(first))
+        when = time.strftime("%H:%M:%S", time.localtime(first))
         later = f" + {rank.last_sign - first:.3f} s" if lines else ""
         runs = f", {rank.process.trouble or 'still runs'}" if rank.process.alive else ""
-        lines.append(f"  {rank}: silent since {since}{later}{runs}")
+        lines.append(f"  {rank}: silent since {when}{later}{runs}")
     more = [f"  ... and {len(ranks) - _SHOWN} more"] if len(ranks) > _SHOWN else []
     report = _failure(folder, ranks[-1].last_sign)
     return ["the first to fall silent comes first:", *lines, *more, *([f"see {report}"] if report else [])]

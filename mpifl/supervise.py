@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m mpifl.supervise",
         description="Start a job, and start it again from its last checkpoint when it dies.",
-        epilog="SIGTERM and SIGUSR1 have the job stop in order, with a checkpoint and status 75.",
+        epilog="Exit status: 0 the job is finished; 75 it stopped early, as SIGTERM or SIGUSR1 ask it to; else that of "
+        "the last start.",
     )
     parser.add_argument(
         "--restarts", type=int, default=RESTARTS, help=f"at most, without a new checkpoint (default: {RESTARTS})"

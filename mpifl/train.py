@@ -178,7 +178,7 @@ def _start(session: Session, fleet: Fleet, checkpoint: Checkpoint | None) -> tup
         return 0, fleet.hold(session.parts.algorithm.init(session.theta.clone()))
     checkpoint.restore(session.host.memory, lambda clients: fleet.keeper(clients) == session.comm.rank)
     fleet.limits, fleet.accepted = checkpoint.about["limits"], checkpoint.rounds - 1
-    return checkpoint.rounds, fleet.hold(checkpoint.server())
+    return checkpoint.rounds, fleet.hold(checkpoint.server(like=session.parts.algorithm.init(session.theta.clone())))
 
 
 def _follower(session: Session, fleet: Fleet, writer: Writer, start: tuple[int, Tree]) -> Callable[[Header], None]:

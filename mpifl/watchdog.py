@@ -25,11 +25,8 @@ from mpifl.launch import agree
 
 WATCHERS = 8
 """Ranks that look after all: if every one did, a thousand would read a million files."""
-PULSE, SLOW = 0.03, 0.25
-"""Seconds between pulses in a long batch, and where the work's own beats tell enough.
-
-A launcher takes longer than the former to kill the other ranks of one that died: that one falls silent first.
-"""
+PULSE = 0.03
+"""Seconds between pulses; a launcher takes longer to kill the others of a rank that died: that one is silent first."""
 LOOK, FLUSH = 1.0, 10.0
 """Seconds between looks (more with hundreds of ranks), and between writes for those who read on other machines."""
 GRACE = 3.0
@@ -102,12 +99,10 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Give the pulse, and look now and then, until stopped."""
         looked = flushed = time.monotonic()
-        beat, pause = 0.0, PULSE
         file = os.open(_rank_file(self.status, self.comm.rank), os.O_RDWR)
         try:
-            while not self._stopped.wait(pause):
-                before, beat = beat, self.clock.pulse()
-                pause = PULSE if beat == before else SLOW
+            while not self._stopped.wait(PULSE):
+                self.clock.pulse()
                 now = time.monotonic()
                 if now - looked >= self.every:
                     looked = now

@@ -24,7 +24,8 @@ require_what_it_needs() {
     [[ $(uname) == Linux ]] || refuse "needs Linux"
     ((EUID == 0)) || refuse "needs root, to start daemons in namespaces of their own"
     for program in slurmctld slurmd sbatch; do
-        [[ -x $(command -v $program) ]] || refuse "there is no $program; on Debian: apt-get install --no-install-recommends $packages"
+        [[ -x $(command -v $program) ]] ||
+            refuse "there is no $program; on Debian: apt-get install --no-install-recommends $packages"
     done
     command -v unshare >/dev/null || refuse "there is no unshare; on Debian: apt-get install util-linux"
     unshare --uts --ipc --mount --pid --fork --mount-proc true 2>/dev/null ||

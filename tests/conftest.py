@@ -2,7 +2,7 @@
 
 `mpi(ranks=N, timeout=S)`: the test runs on N ranks, from a plain `python -m pytest` (mpirun_plugin.py).
 `launches`: the test starts mpirun itself, with `launch`. Under `mpirun -n 3 python -m pytest --with-mpi`
-(pytest-mpi) those run that are marked with 3 ranks; all others are skipped.
+(pytest-mpi) those run that are marked with 3 ranks; all others are skipped. `slurm`: see test_slurm.py.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def pytest_configure(config):
     config.addinivalue_line("markers", "mpi(ranks, timeout=60): runs on so many ranks, for at most so many seconds")
     config.addinivalue_line("markers", "launches: starts mpirun itself, with the fixture `launch`")
-    config.addinivalue_line("markers", "slurm: starts a Slurm of virtual nodes; runs only when asked for, with -m slurm")
+    config.addinivalue_line("markers", "slurm: needs a Slurm of virtual nodes; runs only when asked for, with -m slurm")
     if IS_CHILD:
         config.pluginmanager.register(mpirun_plugin.Rank(config))
     elif not UNDER_MPIRUN and not what_is_missing():

@@ -19,10 +19,12 @@ class CannotRun(Exception):
 class Cluster:
     """Three nodes of 64 CPUs and 4 GPUs, which share this machine's cores, and a folder like a clone's with a .venv."""
 
-    def __init__(self, folder: Path, home: Path, settings: dict[str, str]):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
+    def __init__(self, folder: Path, home: Path, settings: dict[str, str | None]):
+        """settings: environment variables beside those of this process; None removes one."""
         self.folder, self.home, self.jobs = folder, home, 0
-        self.settings = inherited | settings | {"VIRTUAL_CLUSTER": str(folder), "SLURM_CONF": f"{folder}/slurm.conf"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
+        own = {"VIRTUAL_CLUSTER": str(folder), "SLURM_CONF": f"{folder}/slurm.conf"}
+        self.settings = {name: value for name, value in (inherited | settings | own).items() if value is not None}
         started = self.start()
         if started.returncode == 2:
             raise CannotRun(started.stderr.strip())

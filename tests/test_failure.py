@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -125,7 +126,8 @@ def _signal_when_training(out, number, alone):
                 os.kill(target, number)
                 if number == signal.SIGTERM:  # the first one asks for the end of the round, which never comes
                     time.sleep(2.2)
-                    os.kill(target, number)
+                    with suppress(ProcessLookupError):  # Open MPI's launcher ends at the first one
+                        os.kill(target, number)
                 return
         time.sleep(0.05)
 

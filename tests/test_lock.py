@@ -133,13 +133,13 @@ def test_a_silent_holder_elsewhere_loses_it_after_a_minute_of_the_file_systems_c
     said = []
     with locked(tmp_path, nobody) as gone:
         pass
-    for silent, waits in ((lock.STALE + 1, False), (lock.STALE - 0.2, True)):
+    for silent, waits in ((lock.STALE + 1, False), (lock.STALE - 0.6, True)):
         path = of_another_machine(tmp_path)
         age(path, silent)
         monkeypatch.setattr(time, "time", lambda: real() + 3600)  # this machine's clock is wrong
         began = time.monotonic()
         with locked(tmp_path, nobody, said.append) as gone:
-            assert (time.monotonic() - began > 0.1) == waits == bool(said)
+            assert bool(said) == waits and (not waits or time.monotonic() - began > 0.02)
             assert not path.exists() and gone.path.name > path.name
         monkeypatch.setattr(time, "time", real)
 
@@ -213,21 +213,23 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         Lock.take(tmp_path, nobody)
 
 
-@pytest.mark.parametrize("before", ["nobody", "dead here", "silent elsewhere"])
-def test_of_eight_processes_that_race_for_it_exactly_one_gets_it(tmp_path, before):
-    trials = 60
+def test_of_eight_processes_that_race_for_it_exactly_one_gets_it(tmp_path):
+    trials = 90
     for trial in range(trials):
-        (tmp_path / str(trial)).mkdir()
-        if before != "nobody":
-            with locked(tmp_path / str(trial), nobody) as gone:
-                pass
-            age(gone.path, lock.STALE + 1)
-            if before == "silent elsewhere":
-                of_another_machine(tmp_path / str(trial))
-            else:
-                told = json.loads(gone.path.read_text())
-                told["process"]["started"] -= 1
-                gone.path.write_text(json.dumps(told))
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        before = ("nobody", "dead here", "silent elsewhere")[trial % 3]
+        with locked(folder, nobody) as gone:
+            pass
+        age(gone.path, lock.STALE + 1)
+        if before == "silent elsewhere":
+            of_another_machine(folder)
+        elif before == "dead here":
+            told = json.loads(gone.path.read_text())
+            told["process"]["started"] -= 1
+            gone.path.write_text(json.dumps(told))
+        else:
+            gone.path.unlink()
     racers = [start(RACE, tmp_path, time.time() + 0.7, trials) for _ in range(8)]
     won = [int(line) for racer in racers for line in iter(racer.stdout.readline, "done\n")]  # while all are alive
     for racer in racers:

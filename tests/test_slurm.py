@@ -85,8 +85,9 @@ def _refused(environment, says, **who):
 def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     shutil.copy(ROOT / "mpifl" / "digits.toml", home / "job.toml")
-    settings = {**MPI_SETTINGS, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
-    del settings["PRTE_MCA_rmaps_default_mapping_policy"]  # it would put all ranks on the first node, as README says
+    # That policy would put all ranks on the first node, as README says.
+    paths = f"{TESTS}{os.pathsep}{ROOT}"
+    settings = {**MPI_SETTINGS, "PRTE_MCA_rmaps_default_mapping_policy": None, "PYTHONPATH": paths}
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path, for sockets
         try:
             cluster = Cluster(Path(folder) / "cluster", home, settings)
@@ -122,11 +123,11 @@ def submit(cluster, pmi):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster):
+def undisturbed(cluster, pmi):
     """The digest that the small job has under a plain mpirun."""
     command = [find_mpirun(), "-n", "3", sys.executable, "-m", "mpifl.train", *SMALL, "run.out=undisturbed", "--quiet"]
-    environment = {name: value for name, value in cluster.settings.items() if name != "SLURM_CONF"}
-    subprocess.run(command, cwd=cluster.home, env=environment, check=True, timeout=60)
+    environment = {name: value for name, value in cluster.settings.items() if name != "SLURM_CONF"} | MPI_SETTINGS
+    subprocess.run(command, cwd=cluster.home, env=environment, check=True, timeout=90)
     return json.loads((cluster.home / "undisturbed" / "summary.json").read_text())["digest"]
 
 
@@ -261,7 +262,7 @@ def test_job_of_which_a_rank_was_killed_goes_on_when_it_is_requeued(cluster, hel
     assert not (job.out / "summary.json").exists()
     job.go_on()
     cluster.say("scontrol", "requeue", job.number)
-    job.wait_until(lambda: job.shown("Restarts") == "1", "requeued")
+    job.wait_until(lambda: job.shown("JobState") != "FAILED", "requeued")
     assert job.wait_to_end() == "COMPLETED"
     assert int(re.search(r"going on after round (\d+)", job.log)[1]) >= 2
     assert job.rounds() == list(range(1, ROUNDS + 1))
@@ -290,9 +291,8 @@ def test_cancelled_job_is_not_requeued_and_another_goes_on_from_its_checkpoint(s
 def test_file_for_gpus_is_refused_in_one_line_where_torch_sees_none(submit):
     job = submit("gpus", *SMALL, options=("--ntasks-per-node=2", "--gpus-per-node=2"))
     assert job.wait_to_end() == "FAILED"
-    assert job.shown("ExitCode") == "2:0"
-    [line] = [line for line in job.log.splitlines() if line.startswith("mpifl: ")]
-    assert 'run.device is "cuda", but torch sees no GPU' in line
+    assert job.log.count('mpifl: run.device is "cuda", but torch sees no GPU') == 1
+    assert "Traceback" not in job.log
 
 
 @needs_slurm

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,8 +96,16 @@ def test_of_a_running_job_it_says_round_speed_time_left_scores_checkpoint_and_wh
     processes = start("wait", "train", "load")
     code, text = shown(capsys, folder)
     assert code == 0
-    state = "running: 12 of 50 rounds  0.5 rounds/s, 15 clients/s  0:01:16 left"
-    assert f"{state}  test_loss 0.7500  accuracy 0.5000" in text
+    for name, value in (
+        ("state", "running: 12 of 50 rounds"),
+        ("speed", "0.5 rounds/s, 15 clients/s"),
+        ("time", "0:01:16 left"),
+        ("test_loss, round 10", "0.7500"),
+        ("accuracy, round 10", "0.5000"),
+    ):
+        assert re.search(rf"^{name} +{value}$", text, re.MULTILINE), name
+    line = "running: 12 of 50 rounds  0.5 rounds/s, 15 clients/s  0:01:16 left  test_loss 0.7500  accuracy 0.5000"
+    assert Status.of(folder).line() == line
     assert "per_domain, round 10  0.2500, 0.7500" in text
     assert "checkpoint            after round 10\n" in text
     rows = [line.split() for line in text.splitlines()[-3:]]

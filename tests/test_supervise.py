@@ -17,7 +17,7 @@ from mpifl import run
 from mpifl.config import UserError, to_toml
 from mpifl.process import _stat
 from mpifl.status import Status
-from mpifl.supervise import main, run_folder, shared_memory_of
+from mpifl.supervise import MARK, main, run_folder, shared_memory_of
 
 TESTS = Path(__file__).parent
 ENV = os.environ | MPI_SETTINGS | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
@@ -96,15 +96,18 @@ def test_it_gives_up_when_restarts_bring_no_checkpoint_and_not_before(attempts):
 )
 def test_signals_reach_the_job_sigterm_first_as_the_one_that_every_launcher_passes_on(tmp_path, traps, sent, status):
     (tmp_path / "out").mkdir()
-    script = f"{traps}; echo >> started; while :; do sleep 0.02; done"
+    script = f"{traps}; echo >> started; for n in $(seq 500); do sleep 0.02; done"
     command = [sys.executable, "-m", "mpifl.supervise", "sh", "-c", script, "run.out=out"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENV)
-    await_(lambda: (tmp_path / "started").exists())
-    for number, one in enumerate(sent):
-        if number:
-            await_(lambda: (tmp_path / "out" / "warned").exists())
-        process.send_signal(one)
-    assert process.wait(10) == status
+    with subprocess.Popen(command, cwd=tmp_path, env=ENV) as process:
+        try:
+            await_(lambda: (tmp_path / "started").exists())
+            for number, one in enumerate(sent):
+                if number:
+                    await_(lambda: (tmp_path / "out" / "warned").exists())
+                process.send_signal(one)
+            assert process.wait(10) == status
+        finally:
+            process.kill()
     assert (tmp_path / "started").read_text() == "\n"
 
 
@@ -161,6 +164,16 @@ def test_a_mistake_is_one_line_and_status_2(supervise, capsys, arguments, says):
     assert says in said and said.count("\n") == 1
 
 
+def test_a_job_that_is_to_be_started_again_is_refused_where_nobody_would(tmp_path, monkeypatch):
+    job = {"rounds": 1, "model": {"name": "logistic"}, "algorithm": {"name": "fedavg", "batches": {"size": 10}}}
+    job["run"] = {"on_rank_failure": "restart", "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"needs a supervisor: .*python -m mpifl\.supervise"):
+        run(job)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv(MARK, "1")
+    assert run(job)["rounds"] == 1
+
+
 @pytest.mark.launches
 def test_a_job_that_loses_a_host_and_then_its_server_ends_with_the_bits_of_an_undisturbed_one(launch, tmp_path):
     if missing := what_is_missing():
@@ -170,7 +183,7 @@ def test_a_job_that_loses_a_host_and_then_its_server_ends_with_the_bits_of_an_un
         "data": {"path": "bombs:dataset"},
         "model": {"name": "parts:net_with_dropout"},
         "algorithm": {"name": "scaffold", "client_lr": 0.1, "batches": {"size": 4}},
-        "run": {"save_every": 2},
+        "run": {"save_every": 2, "on_rank_failure": "restart"},
     }
     (tmp_path / "job.toml").write_text(to_toml(table))
     (tmp_path / "used").mkdir()

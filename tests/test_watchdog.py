@@ -15,6 +15,7 @@ import pytest
 
 from mpifl import watchdog
 from mpifl.comm import Alone
+from mpifl.config import to_toml
 from mpifl.engine.clock import ENDED, Clock, Whereabouts
 from mpifl.watchdog import Silence, main_stack, spoken, stacks_file, told_together, watched, watches
 
@@ -223,6 +224,23 @@ def test_a_stuck_rank_is_named_and_ends_the_job_with_the_stacks_of_all_that_answ
         assert "in _wait" in "".join(main_stack(stacks_file(tmp_path / "status", other)))
     [report] = tmp_path.glob("failure-*.txt")
     assert where in report.read_text()
+
+
+@pytest.mark.launches
+def test_a_server_that_is_stopped_while_it_scores_ends_a_real_job(launch, tmp_path):
+    table = {
+        "rounds": 4,
+        "data": {"path": "bombs:dataset"},
+        "model": {"name": "parts:net_with_dropout"},
+        "algorithm": {"name": "fedavg", "batches": {"size": 4}},
+        "run": {"scored_by": "server", "stall_timeout": 1.5},
+    }
+    (tmp_path / "job.toml").write_text(to_toml(table))
+    (tmp_path / "used").mkdir()
+    bomb = {"BOMBS": "0 evaluate 2 SIGSTOP", "BOMBS_USED": str(tmp_path / "used")}
+    done = launch(2, "-m", "mpifl.train", "job.toml", "run.out=out", cwd=tmp_path, env=ENV | bomb, timeout=60)
+    assert done.returncode != 0 and time.time() - (tmp_path / "used" / "0").stat().st_mtime < 10
+    assert re.search(r"rank 0 on .*, phase evaluate/load, round 3, client 0: silent for .*, stopped", done.stderr)
 
 
 @pytest.mark.launches

@@ -159,7 +159,9 @@ class Source:
             start, stop = (0, total) if of == "all" else (id * size, min((id + 1) * size, total))
             read = self.dataset.rows(split, start, stop)
         for name, rows in read.items():
-            if wrong := wrong_value(rows, self.dataset.features[name]):
+            feature = self.dataset.features[name]
+            # Labels out of range crash what indexes by them; a number that is not finite is its client's failure.
+            if feature.classes and (wrong := wrong_value(rows, feature)):
                 whose = f", client {self.dataset.client_id(split, id)!r}" if of == "client" else ""
                 raise UserError(f"split '{split}'{whose}, column '{name}': row {start + wrong[0]} {wrong[1]}")
         return read

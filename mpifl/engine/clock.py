@@ -150,12 +150,10 @@ class Clock:
             self.beat()
             yield batch
 
-    def pulse(self) -> float:
-        """Give the other sign of life, from a thread of its own: the process runs. Returns when the last beat was."""
-        if self._map is None:
-            return 0.0
-        _PULSE.pack_into(self._map, _PULSE_AT, time())
-        return _BEAT.unpack_from(self._map, _BEAT_AT)[0]
+    def pulse(self) -> None:
+        """Give the other sign of life, from a thread of its own: the process runs, whatever its work does."""
+        if self._map is not None:
+            _PULSE.pack_into(self._map, _PULSE_AT, time())
 
     def during(self, phase: str) -> _During:
         """Be in `phase` within a `with` block; an exception leaves the clock where it happened, to be reported."""
