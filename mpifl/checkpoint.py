@@ -321,7 +321,7 @@ class Checkpoint:
             for folder in folders:
                 node = node.setdefault(folder, {})
             node[last] = {}
-        there, wanted = ({name: (l.dtype, l.shape) for name, l in leaves(tree)} for tree in (state, like))
+        there, wanted = ({name: (leaf.dtype, leaf.shape) for name, leaf in leaves(tree)} for tree in (state, like))
         if other := sorted(name for name, kind in wanted.items() if there.get(name) != kind):
             raise UserError(f"{self.path} holds another state of the server than this program's ({', '.join(other)})")
         return state

@@ -185,7 +185,7 @@ def _end(comm: World | Alone, clock: Clock, report: Path, error: BaseException |
 
 
 def _mendable(error: BaseException | None, folder: Path | None = None) -> BaseException | None:
-    """The error, or a UserError in place of one that says that memory or a disk is full, or of the run folder's files."""
+    """The error, or a UserError in place of one that says that memory or a disk is full, or of the run's files."""
     if is_of_memory(error):
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         return UserError(f"not enough memory ({told}); take a smaller model or batches, or fewer ranks on a node")

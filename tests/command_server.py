@@ -19,9 +19,8 @@ MEMORY, LARGEST_FILE = 6 << 30, 256 << 20
 
 
 def main():
-    from mpifl.command_line import main
-
     import mpifl.train  # noqa: F401 - what the command would import
+    from mpifl.command_line import main
 
     for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, LARGEST_FILE), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))

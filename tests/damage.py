@@ -82,7 +82,9 @@ def with_json_edited(text, which, value):
 
 
 GONE = "gone"
-json_values = strange_values | st.sampled_from([GONE, None, 3, "../../../etc/passwd", "uint8", "float64", "object", [2]])
+json_values = strange_values | st.sampled_from(
+    [GONE, None, 3, "../../../etc/passwd", "uint8", "float64", "object", [2]]
+)
 
 
 def _places(node):
@@ -120,10 +122,14 @@ class OfTable:
 
 def _one_changed(value):
     def change(values):
-        changed = values.astype(np.float64 if value != value else np.int64 if values.dtype.kind in "iu" else values.dtype)
+        changed = values.astype(
+            np.float64 if value != value else np.int64 if values.dtype.kind in "iu" else values.dtype
+        )
         if changed.size and changed.dtype.kind != "S":
             changed.reshape(-1)[changed.size // 2] = value
-        return changed.astype(values.dtype, casting="unsafe") if values.dtype.kind in "iu" and value == value else changed
+        return (
+            changed.astype(values.dtype, casting="unsafe") if values.dtype.kind in "iu" and value == value else changed
+        )
 
     return change
 
@@ -157,7 +163,10 @@ class OfText:
 
     def __call__(self, folder):
         with h5py.File(folder / "index.h5", "r+") as index:
-            texts = ["features", *(f"splits/{split}/{name}" for split in index["splits"] for name in ("shards", "digests"))]
+            texts = [
+                "features",
+                *(f"splits/{split}/{name}" for split in index["splits"] for name in ("shards", "digests")),
+            ]
             name = texts[int(self.table * len(texts))]
             text = with_json_edited(index[name].asstr()[()], self.which, self.value)
             del index[name]

@@ -162,11 +162,41 @@ KEYS = list(FITTING)
 
 HUGE = [2**31, 2**62, 2**63 - 1, 2**63, -(2**63), 10**18, 10**30]
 TEXTS = ["", " ", ".", "..", "a/b", "/dev/null", "/proc/nothing", "~nobody/x", "$HOME", "$NOWHERE/x", "nan", "true"]
-NAMES = ["a:b", "os:getcwd", "builtins:dict", "builtins:print", "torch:nn", "torch.nn:Linear", "json:loads", ":", "a.b:"]
-TEXTS += [*NAMES, "%s", "{x}", "[red]", "a\nb", "a\tb", "a\0b", "e\u0301", "\u202e", "🙂", "w" * 300, "w" * 5000, "digits"]
+NAMES = [
+    "a:b",
+    "os:getcwd",
+    "builtins:dict",
+    "builtins:print",
+    "torch:nn",
+    "torch.nn:Linear",
+    "json:loads",
+    ":",
+    "a.b:",
+]
+TEXTS += [
+    *NAMES,
+    "%s",
+    "{x}",
+    "[red]",
+    "a\nb",
+    "a\tb",
+    "a\0b",
+    "e\u0301",
+    "\u202e",
+    "🙂",
+    "w" * 300,
+    "w" * 5000,
+    "digits",
+]
 FLOATS = [math.nan, math.inf, -math.inf, 1e308, 5e-324, -0.0, 0.5, -1.0, 1e30]
 ODD = [True, False, [], {}, [[]], [1, "a"], [0.1, None], {"": 1}, {"name": 3}, {"name": "sgd"}, {"a": {"b": {"c": []}}}]
-ODD += [datetime.date(1979, 5, 27), datetime.datetime(1979, 5, 27, 7, 32), datetime.time(7, 32), *OPTIMIZERS[:2], COSINE]
+ODD += [
+    datetime.date(1979, 5, 27),
+    datetime.datetime(1979, 5, 27, 7, 32),
+    datetime.time(7, 32),
+    *OPTIMIZERS[:2],
+    COSINE,
+]
 
 plain_text = st.text(st.characters(codec="utf-8", exclude_characters="/"), max_size=8)
 strange_values = st.one_of(
@@ -191,7 +221,22 @@ class JobFile:
 
 EDITS = ["fitting"] * 4 + ["strange"] * 4 + ["key"] * 2 + ["drop", "text", "override", "place", "word"]
 PLACES = ("file", "folder", "empty folder", "link to nothing", "loop", "other run", "broken run")
-WORDS = ["--dry-run", "--quiet", "--help", "--version", "--fast", "", "=", "=1", ".", "..=1", "rounds", "x.toml", "-", "--"]
+WORDS = [
+    "--dry-run",
+    "--quiet",
+    "--help",
+    "--version",
+    "--fast",
+    "",
+    "=",
+    "=1",
+    ".",
+    "..=1",
+    "rounds",
+    "x.toml",
+    "-",
+    "--",
+]
 
 
 @st.composite
@@ -268,7 +313,19 @@ def overrides(draw):
     return word.replace("\0", "")  # no command line has it
 
 
-INSERTED = [b"\xef\xbb\xbf", b"\r\n", b"\xff", b"\0", b"[run]\n", b"rounds = 1\n", b"\n[[", b'"', b"#", b"=", b"9" * 5000]
+INSERTED = [
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\xff",
+    b"\0",
+    b"[run]\n",
+    b"rounds = 1\n",
+    b"\n[[",
+    b'"',
+    b"#",
+    b"=",
+    b"9" * 5000,
+]
 INSERTED += [b"\nx = " + b"[" * 5000 + b"\n", b"\nrun.out = 'out'\n", b"\n[model.images]\n", b"\n\xc3\xa9 = 1\n"]
 
 

@@ -39,7 +39,10 @@ def changed(override):
         ("engine.nam=serial", "there is no engine option 'nam'; did you mean 'name'? (allowed: check, "),
         ("engine.name=serail", "there is no engine.name 'serail'; did you mean 'serial'? (allowed: auto, batched, "),
         ("comm.sum=exat", "there is no comm.sum 'exat'; did you mean 'exact'? (allowed: exact, float32)"),
-        ("run.scored_by=host", "there is no run.scored_by 'host'; did you mean 'hosts'? (allowed: auto, hosts, server)"),
+        (
+            "run.scored_by=host",
+            "there is no run.scored_by 'host'; did you mean 'hosts'? (allowed: auto, hosts, server)",
+        ),
         ("run.device=gpu", "there is no run.device 'gpu'; did you mean 'cpu'? (allowed: cpu, cuda)"),
     ],
 )

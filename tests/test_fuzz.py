@@ -75,7 +75,9 @@ class Commands:
         self.folder, self.numbers, self.server, self.files = folder, count(), None, None
 
     def start(self):
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "MPI", "HYDRA"))}
+        own = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "MPI", "HYDRA"))
+        }
         self.server = subprocess.Popen(
             [sys.executable, HERE / "command_server.py"],
             stdin=subprocess.PIPE,

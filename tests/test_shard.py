@@ -567,7 +567,7 @@ def test_texts_of_any_length_as_older_writers_made_them_are_read(planted, open_d
 def test_an_index_whose_table_of_clients_is_gone_is_named(planted, open_dataset, table):
     with h5py.File(planted / "index.h5", "r+") as index:
         index.move(f"splits/train/{table}", "elsewhere")
-    with pytest.raises(UserError, match="index.h5: a table is missing or cannot be read") as error:
+    with pytest.raises(UserError, match=r"index\.h5: a table is missing or cannot be read") as error:
         open_dataset(planted).client("train", 0)
     assert one_line(error)
 

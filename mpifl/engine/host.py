@@ -78,7 +78,9 @@ class Host:
         for work in works:
             split = choice(work.batches.split, dataset.splits, "split of the dataset")
             if work.batches.of == "client" and split != "train" and not dataset.aligned(split):
-                raise UserError(f"split '{split}' does not have the clients of split 'train', who are asked to visit it")
+                raise UserError(
+                    f"split '{split}' does not have the clients of split 'train', who are asked to visit it"
+                )
         self.works, self.dataset, self.memory, self.seed, self.clock = works, dataset, memory, seed, clock
         self.rank, self.ranks, self.exact, self.tolerant = rank, ranks, exact, tolerant
         self.raised: tuple[int, str] | None = None
