@@ -126,7 +126,7 @@ class SlurmJob:
 
         def ended():
             state, nodes_free = self.shown("JobState"), not self._daemons()
-            if state == "PENDING" and nodes_free and self.shown("Restarts") != "0":
+            if state == "PENDING" and nodes_free and self.shown("Reason") == "BeginTime":
                 self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")  # it may just start
             return nodes_free and state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
