@@ -83,12 +83,12 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
     began = time.perf_counter()
     clock.enter("start")
     with ExitStack() as open_parts:
-        session = open_parts.enter_context(closing(agree(comm, lambda: Session.open(job, comm, clock))))
-        require_same(comm, session.digests())
-        writers = agree(comm, lambda: Writers(job.run.writers if comm.rank == 0 else (), console.say))
         folder = agree(comm, lambda: RunFolder(job) if comm.rank == 0 else None)
         if comm.share("finished" if folder and folder.summary else ""):
             return _finished_before(folder, console) if folder else None
+        session = open_parts.enter_context(closing(agree(comm, lambda: Session.open(job, comm, clock))))
+        require_same(comm, session.digests())
+        writers = agree(comm, lambda: Writers(job.run.writers if comm.rank == 0 else (), console.say))
         path = Path(comm.share(str(folder.path) if folder else ""))
         agree(comm, lambda: open_parts.enter_context(folder.locked(comm, console.say)) if folder else None)
         checkpoint = agree(comm, lambda: newest(comm, path / "checkpoints"))

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None, patience: float = PATIENCE) -> 
     # While MPI starts no thread runs: where a rank is missing, the stack that Python prints must say it.
     faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
     comm, apart = start_mpi_on_all_ranks()
+    faulthandler.cancel_dump_traceback_later()
     if apart and launched_rank() > 0:
         return 0  # each rank is alone; the first one says so, unless another's failure has the launcher end it before
     try:
