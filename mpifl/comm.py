@@ -9,11 +9,12 @@ one process without MPI.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from mpifl.config import UserError
 from mpifl.engine.device import Seat
 from mpifl.flat import PIECE, Flat, pieces, put, zeroed
 from mpifl.node import Node, NoSpace
+from mpifl.process import Process
 
 T = TypeVar("T")
 
@@ -428,10 +430,32 @@ def _affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def _forget_a_killed_start() -> None:
+    """Remove the shared memory that ranks of this Slurm step left on this node when they were killed.
+
+    MPICH under srun names it by job and step, which stay the same when Slurm starts a job again, and would wait in it
+    for the dead for ever.
+    """
+    step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+    if "PMI_FD" not in os.environ or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return
+    name = 0x811C9DC5
+    for byte in step.encode():
+        name = (name ^ byte) * 0x01000193 % 2**32  # FNV-1a
+    since_boot = Process.current().started / os.sysconf("SC_CLK_TCK")
+    began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+    for file in Path("/dev/shm").glob(f"mpich_shm_{name:x}_*"):
+        with suppress(OSError):  # another rank was first
+            if file.stat().st_mtime < began:  # all ranks began before any of them made a new one
+                file.unlink()
+
+
 def _settings() -> None:
     """Settings that MPI reads when it starts; the user's own win."""
-    local = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS") or 1)
-    if local > len(_affinity()):
+    _forget_a_killed_start()
+    told = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")
+    tasks = told or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2),3
+    if max(int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)) > len(_affinity()):
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
         # From its sixth small collective on MPICH synchronises through flags that it spins on: 300 ms a Reduce

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import threading
 import time
@@ -71,6 +72,8 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
         body(comm, sys.argv[1:] if arguments is None else arguments)
         return 0
     except Stopped as stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        comm.arrive()
         if comm.rank == 0 and stopped.requeue and may_requeue():
             refused = requeue()
             print(f"mpifl: Slurm cannot start the job again: {refused}" if refused else "requeued", file=sys.stderr)

@@ -14,17 +14,22 @@ from numbers import Integral, Real
 
 from mpifl.config import UserError
 
+LARGEST = 3.4e38
+"""Of numbers that training is given, which computes in float32."""
+
 Schedule = Callable[[int], float]
 """Round, 0-based -> value."""
 
 
 def checked(option: str, value: float, allowed: str, holds: Callable[[float], bool]) -> float:
-    """Return `value` if it is a finite number for which `holds` is true, else raise UserError.
+    """Return `value` if it is a number of float32 for which `holds` is true, else raise UserError.
 
     `allowed` says in words which numbers those are, e.g. "a number in [0, 1)".
     """
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and holds(value):
-        return value
+        if abs(value) <= LARGEST:
+            return value
+        allowed = f"a number up to {LARGEST:g}, the largest of float32"
     raise UserError(f"{option} = {value!r} is not allowed: give {allowed}")
 
 

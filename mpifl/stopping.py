@@ -118,4 +118,9 @@ def requeue() -> str:
 
 def may_requeue() -> bool:
     """Whether this is a batch job of Slurm's, which can be started again."""
-    return bool(os.environ.get("SLURM_JOB_ID")) and shutil.which("scontrol") is not None
+    if not os.environ.get("SLURM_JOB_ID") or shutil.which("scontrol") is None:
+        return False
+    said = subprocess.run(
+        ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%T"], capture_output=True, text=True
+    )
+    return said.stdout.strip() == "RUNNING"

@@ -54,7 +54,7 @@ CredType=cred/none
 # A job that is requeued waits until its old credential has expired.
 AuthInfo=cred_expire=5
 StateSaveLocation=$folder/state
-SlurmctldPidFile=$folder/slurmctld.pid
+SlurmctldPidFile=$folder/state/slurmctld.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
 SlurmdSpoolDir=$folder/spool.%n
 SlurmdPidFile=$folder/spool.%n/slurmd.pid
@@ -108,7 +108,8 @@ start() {
     alive "$folder/slurmctld.pid" || {
         stop
         write_configuration
-        slurmctld
+        slurmctld -D </dev/null >>"$folder/log/slurmctld.out" 2>&1 &
+        echo $! >"$folder/slurmctld.pid"
     }
     for ((node = 1; node <= nodes; node++)); do
         alive "$folder/n$node.pid" || start_node "n$node"

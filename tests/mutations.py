@@ -27,7 +27,7 @@ BASES = {
         "run": {"out": "out", "metrics": ["accuracy", {"name": "top_k", "k": 2}]},
     },
     "images": {
-        "rounds": 2,
+        "rounds": 1,
         "cohort": 2,
         "data": {"path": "../data/dense", "cache_mb": 0},
         "model": {"name": "logistic", "images": {"pad": 1, "crop": 6, "flip": True}},
@@ -242,7 +242,7 @@ WORDS = [
 @st.composite
 def jobs(draw):
     """A base job after one to three edits of its table, its text, the command line or what is around it."""
-    table = copy.deepcopy(BASES[draw(st.sampled_from(sorted(BASES)))])
+    table = copy.deepcopy(BASES[draw(st.sampled_from(["dense", *BASES]))])
     arguments, text_edits, place = [], [], "nothing"
     for kind in draw(st.lists(st.sampled_from(EDITS), min_size=1, max_size=3)):
         if kind == "text":

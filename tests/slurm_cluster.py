@@ -25,13 +25,14 @@ class Cluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
         own = {"VIRTUAL_CLUSTER": str(folder), "SLURM_CONF": f"{folder}/slurm.conf"}
         self.settings = {name: value for name, value in (inherited | settings | own).items() if value is not None}
-        started = self.start()
-        if started.returncode == 2:
-            raise CannotRun(started.stderr.strip())
-        assert started.returncode == 0, started.stderr
         # Stops it when this process ends, however it ends: then the pipe closes.
         keeper = ["bash", "-c", 'cat; exec "$0" stop', str(SCRIPT)]
         self.keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, env=self.settings, start_new_session=True)
+        started = self.start()
+        if started.returncode:
+            self.stop()
+            assert started.returncode == 2, started.stderr
+            raise CannotRun(started.stderr.strip())
         activate = home / ".venv" / "bin" / "activate"
         activate.parent.mkdir(parents=True)
         activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,39 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, how, tmp_
         assert f"round-00000002 is damaged: {file}" in capsys.readouterr().err
     mpifl.run(table("scaffold", tmp_path / "whole"))
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": 3},
+        {"limits": {"0:theta": 5.0}},
+        {"limits": {"0:theta": [float("nan")]}},
+        {"branches": [3]},
+        {"versions": {}},
+        {"row": None},
+    ],
+)
+def test_a_run_json_that_does_not_say_what_it_must_is_damage(change, tmp_path, monkeypatch, capsys):
+    parts = stopped_after_two("fedavg", tmp_path / "parts", monkeypatch)
+    folder = tmp_path / "parts" / "checkpoints" / "round-00000002"
+    text = json.dumps(json.loads((folder / "run.json").read_text()) | change).encode()
+    (folder / "run.json").write_bytes(text)
+    mark = json.loads((folder / "COMPLETE").read_text())
+    (folder / "COMPLETE").write_text(json.dumps(mark | {"run.json": [len(text), zlib.crc32(text)]}))
+    mpifl.run(parts)
+    assert "round-00000002 is damaged: run.json: " in capsys.readouterr().err
+    mpifl.run(table("fedavg", tmp_path / "whole"))
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_a_state_of_another_layout_is_refused(tmp_path, monkeypatch):
+    parts = stopped_after_two("fedavg", tmp_path / "parts", monkeypatch)
+    found = newest(Alone(), tmp_path / "parts" / "checkpoints")
+    (size,) = found.server(like={})["theta"].shape
+    with pytest.raises(UserError, match=r"holds another state of the server than this program's \(control, theta\)"):
+        found.server(like={"theta": torch.zeros(size + 1), "control": torch.zeros(size)})
+    assert parts
 
 
 def test_no_whole_checkpoint_is_an_error_that_says_so_and_changes_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and status 2, with nothing printed, begun or written; the rest works."""
 
+import errno
 import json
 import os
 import shutil
@@ -110,6 +111,39 @@ def test_a_wrong_job_file_is_refused_in_one_line_and_nothing_is_made(refusal, jo
     assert refusal(job(model={})).startswith('[model] needs a name, e.g. name = "mlp"')
     assert refusal(job(), "model=5") == "model is 5; it must be a table"
     assert refusal(".").startswith("job file . cannot be read: ")
+
+
+def test_a_value_with_a_line_break_is_refused_in_one_line(refusal):
+    assert refusal("comm.reduce=a\nb").startswith("there is no comm.reduce 'a\\nb'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.45 EiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.\nframe #0"),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(refusal, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("mpifl.session.build", fail)
+    assert refusal(*TINY).startswith("not enough memory (")
+    monkeypatch.undo()
+    monkeypatch.setattr("mpifl.train.train", fail)
+    assert train.main([*TINY, "run.out=out", "--quiet"]) == 1
+    assert capsys.readouterr().err.startswith("mpifl: not enough memory (")
+
+
+def test_a_full_disk_is_told_in_one_line(monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mpifl.train.train", fail)
+    assert train.main([*TINY, "run.out=out", "--quiet"]) == 1
+    assert capsys.readouterr().err == "mpifl: out cannot be used: No space left on device\n"
 
 
 def test_what_is_no_word_of_the_command_line_is_refused(refusal, job):

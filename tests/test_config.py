@@ -79,10 +79,37 @@ def test_unknown_keys_and_choices_are_answered_with_what_is_allowed(override, li
         ("run.memory_mb=-1", "run.memory_mb is -1; it must be at least 0"),
         ("data.cache_mb=-1", "data.cache_mb is -1; it must be at least 0"),
         ("model.name=3", '[model] needs a name, e.g. name = "mlp"'),
+        ("rounds=1000000001", "rounds is 1000000001; it must be at most 1000000000"),
+        ("run.keep=9223372036854775807", "run.keep is 9223372036854775807; it must be at most 1000000000"),
+        ("engine.clients_at_once=65537", "engine.clients_at_once is 65537; it must be at most 65536"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808; it must be an integer of 64 bits"),
+        ("run.stall_timeout=nan", "run.stall_timeout is nan; it must be at least 0"),
+        ("run.stall_timeout=inf", "run.stall_timeout is inf; it must be at most 1000000000"),
+        ('comm.sum="a\\nb\\u2028"', "there is no comm.sum 'a\\nb\\u2028' (allowed: exact, float32)"),
     ],
 )
 def test_wrong_types_and_values_are_refused(override, line):
     assert changed(override) == line
+
+
+def test_a_long_value_is_quoted_without_its_middle():
+    line = changed(f"rounds={'w' * 10**6}")
+    assert len(line) < 2000 and line.startswith("rounds is 'www") and line.endswith("www'; it must be an integer")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=\udcff", 'model.hidden=["\udcff"]', "modules=\udcff", "model.one=1979-05-27", "model.one=[07:32:00]"],
+)
+def test_what_no_job_file_can_hold_is_refused(override):
+    assert changed(override).startswith("a job holds strings, numbers, true or false, lists and tables; ")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000], ids=["digits", "brackets"])
+def test_a_job_file_that_python_cannot_read_is_no_valid_toml(tmp_path, value):
+    (tmp_path / "job.toml").write_text(f"rounds = {value}\n")
+    assert "job.toml is not valid TOML: " in refusal(load, tmp_path / "job.toml")
+    assert changed(f"rounds={value}").startswith("rounds is '")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from damage import Fitting, FittingMarks, damage, of_dataset, of_run
 from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
 from mutations import BASES, TEXTS, JobFile, jobs, toml_lines
 from shard_files import FEATURES, plant
 
@@ -256,8 +257,8 @@ class Tally:
 
 
 ENDS = {0: "worked", 75: "worked", 2: "refused", 1: "failed in training"}
-MAY_CHANGE = re.compile(r"(^|/)(lock|status)(/|$)")
-"""What says who is at work in a run folder."""
+MAY_CHANGE = re.compile(r"(^|/)(lock|status|stage)(/|$)")
+"""What says who is at work in a run folder, and the copy that data.stage asks for, which later jobs find."""
 
 
 def kind_of(message):
@@ -293,6 +294,7 @@ def tally_of(mutations, number, try_one, what):
 
     check()
     tally.show(what)
+    assert tally.ended.total() >= (EXPLORED or number)
     return tally
 
 
@@ -306,8 +308,8 @@ def test_mutated_jobs_train_or_are_refused(commands):
         if tally.judge(outcome) and not {"--help", "--version", "--dry-run"} & set(job.arguments):
             assert_trained(outcome)
 
-    tally = tally_of(jobs(), 1400, try_one, "jobs")
-    assert tally.ended["worked"] >= 280 and len(tally.kinds) >= 100 and tally.ended.total() >= 1400
+    tally = tally_of(jobs(), 1100, try_one, "jobs")
+    assert tally.ended["worked"] >= 240 and len(tally.kinds) >= 100
 
 
 def with_data(name, steps=()):
@@ -337,7 +339,7 @@ def test_damaged_datasets_train_to_the_same_bits_or_are_refused(commands, undama
             (summary,) = summaries(outcome)
             assert summary["digest"] == undamaged or Fitting(True) in steps
 
-    tally = tally_of(of_dataset, 250, try_one, f"{storage} shards")
+    tally = tally_of(of_dataset, 380, try_one, f"{storage} shards")
     assert tally.ended["worked"] >= 20 and len(tally.kinds) >= 15
 
 
@@ -376,5 +378,25 @@ def test_damaged_runs_go_on_to_the_same_bits_or_are_refused(commands, run_before
             assert summary["rounds"] == MORE
             assert summary["digest"] == run_before[1] or FittingMarks() in steps
 
-    tally = tally_of(of_run, 250, try_one, "runs to go on with")
-    assert tally.ended["worked"] >= 50 and len(tally.kinds) >= 5
+    tally = tally_of(of_run, 150, try_one, "runs to go on with")
+    assert tally.ended["worked"] >= 40 and len(tally.kinds) >= 5
+
+
+def test_thirty_of_them_end_in_the_same_way_as_processes_of_their_own(commands, run_before):
+    """Exit status, stderr and files are those of a process that ends by itself, with torch imported before it began."""
+    ways = {
+        "job": lambda job: (["job.toml", *job.arguments], filled(job)),
+        "data": lambda steps: (["job.toml", "--quiet"], with_data("dense", steps)),
+        "run": lambda steps: (["job.toml", f"rounds={MORE}", "--quiet"], with_run(run_before[0], steps)),
+    }
+    mutations = st.one_of(*(st.tuples(st.just(way), of) for way, of in zip(ways, (jobs(), of_dataset, of_run))))
+
+    def try_one(tally, mutation):
+        way, what = mutation
+        assume(way != "job" or not not_for_here(what))
+        here, there = (commands.run(*ways[way](what), fork=fork) for fork in (False, True))
+        tally.judge(there, own="out")
+        assert there.status == here.status
+        assert re.sub(r"job\d+", "job", there.err) == re.sub(r"job\d+", "job", here.err)
+
+    assert tally_of(mutations, 30, try_one, "processes").kinds

@@ -167,8 +167,9 @@ def test_a_requeued_slurm_job_need_not_wait_for_itself(tmp_path, monkeypatch):
 
 def test_a_lock_being_written_counts_as_held(tmp_path):
     (tmp_path / "lock").mkdir()
-    (tmp_path / "lock" / "00000001").write_text("{")
-    assert Holder.of(tmp_path).alive()
+    for text in (b"{", b"\xff"):
+        (tmp_path / "lock" / "00000001").write_bytes(text)
+        assert Holder.of(tmp_path).alive()
     assert Holder.of(tmp_path / "nothing") is None
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mpifl
-from mpifl import evaluate, train
+from mpifl import evaluate, results, train
 from mpifl.config import UserError, load
 
 ROUNDS, EVAL_EVERY = 3, 2
@@ -130,6 +130,14 @@ def test_a_run_that_fails_leaves_no_summary(tmp_path):
     with pytest.raises(UserError, match="NaN or infinite"):
         mpifl.run(train.DEFAULT_JOB, [*OVERRIDES, f"run.out={out}", "algorithm.client_opt.lr=1e38"])
     assert (out / "config.toml").exists() and not (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize("line", ['{"round": 2}', '{"round": 2, "seconds": 3}', "[]", "half"])
+def test_records_end_where_one_cannot_be_added_up(done, tmp_path, line):
+    whole = (done[0] / "metrics.jsonl").read_text().splitlines()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([whole[0], line, *whole[2:]]))
+    assert results._records(path) == [json.loads(whole[0])]
 
 
 def test_a_folder_in_use_is_refused_and_an_empty_one_is_used(done, tmp_path):

@@ -51,6 +51,7 @@ def test_the_shortest_cosine_goes_from_one_end_to_the_other():
     ("make", "message"),
     [
         (lambda: constant(float("nan")), "value = nan is not allowed: give a finite number"),
+        (lambda: constant(1e39), "value = 1e+39 is not allowed: give a number up to 3.4e+38, the largest of float32"),
         (lambda: constant(float("inf")), "value = inf"),
         (lambda: constant("0.1"), "value = '0.1'"),
         (lambda: constant(True), "value = True"),

@@ -35,6 +35,18 @@ def test_nobody_who_can_train_is_refused_before_training(tmp_path):
         mpifl.run(table)
 
 
+@pytest.mark.parametrize("split", ["test", "more"])
+def test_clients_are_not_sent_to_a_split_that_is_not_theirs(tmp_path, split):
+    plain = awkward_dataset()
+    with ShardWriter(tmp_path / "data", plain.features) as writer:
+        writer.write("train", ((plain.client_id("train", i), plain.client("train", i)) for i in range(12)))
+        writer.write("more", [("another", plain.client("train", 0))])
+        writer.central("test", plain.rows("test", 0, 5))
+    algorithm = {"name": "fedavg", "batches": {"size": 4, "split": split}}
+    with pytest.raises(UserError, match=f"split '{split}' does not have the clients of split 'train'"):
+        mpifl.run(job(tmp_path, data={"path": str(tmp_path / "data")}, algorithm=algorithm))
+
+
 @pytest.mark.parametrize("at_once", [1, 5, 100])
 def test_population_counts_clients_with_a_batch_and_the_examples_they_use_however_many_are_looked_at(
     tmp_path, monkeypatch, at_once

@@ -552,6 +552,25 @@ def test_one_open_file_per_touched_shard(planted, open_dataset):
 # ---- shipped datasets
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"dtype": "int32", "shape": [2.0]},
+        {"dtype": "int32", "shape": [2**20, 2**20]},
+        {"dtype": "int32", "shape": [], "classes": 1e308},
+        {"dtype": "int32", "shape": [], "classes": True},
+        {"dtype": "uint8", "shape": [], "classes": 257},
+        {"dtype": "uint8", "shape": [4], "pad": []},
+        {"dtype": "uint8", "shape": [4], "pad": -1},
+        {"dtype": "uint8", "shape": [4], "pad": 10**18},
+    ],
+)
+def test_a_feature_whose_numbers_mean_nothing_is_refused(spec):
+    with pytest.raises(UserError) as error:
+        Feature(**spec)
+    assert one_line(error)
+
+
 def test_texts_of_any_length_as_older_writers_made_them_are_read(planted, open_dataset):
     with h5py.File(planted / "index.h5", "r+") as index:
         for holder, name in [(index, "features"), (index, "provenance"), (index["splits/train"], "shards")]:

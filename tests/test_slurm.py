@@ -88,13 +88,12 @@ def cluster(tmp_path_factory):
     # That policy would put all ranks on the first node, as README says.
     paths = f"{TESTS}{os.pathsep}{ROOT}"
     settings = {**MPI_SETTINGS, "PRTE_MCA_rmaps_default_mapping_policy": None, "PYTHONPATH": paths}
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path, for sockets
-        try:
-            cluster = Cluster(Path(folder) / "cluster", home, settings)
-        except CannotRun as reason:
-            pytest.skip(str(reason))
-        yield cluster
-        cluster.stop()
+    try:
+        cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")), home, settings)  # a short path, for sockets
+    except CannotRun as reason:
+        pytest.skip(str(reason))
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture(scope="module")

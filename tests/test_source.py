@@ -204,6 +204,28 @@ def test_on_another_device_rows_stay_as_stored_and_become_inputs_there(source_of
     source.close()
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"), [(3, "holds 3, labels must be 0 to 2"), (-1, "holds -1, labels must be")]
+)
+def test_a_label_that_there_is_not_is_named_with_its_client(source_of, value, problem):
+    data = MemoryDataset([{"y": np.zeros(4, np.int32)} for _ in "ab"], features={"y": Feature("int32", (), classes=3)})
+    data._clients["train"][1]["y"][2] = value  # as in a file that somebody else's program wrote
+    source = source_of(data)
+    source.columns(Batching(size=2), 0)
+    with pytest.raises(UserError, match=f"split 'train', client '1', column 'y': row 2 {problem}"):
+        source.columns(Batching(size=2), 1)
+
+
+def test_a_label_of_a_block_that_there_is_not_is_named_with_its_place_in_the_split(source_of):
+    labels = {"y": np.zeros(5, np.int32)}
+    data = MemoryDataset([labels], test=labels, features={"y": Feature("int32", (), classes=3)})
+    labels["y"][4] = 3
+    source, blocks = source_of(data), Batching(size=3, of="block", split="test", shuffle=False)
+    source.columns(blocks, 0)
+    with pytest.raises(UserError, match="split 'test', column 'y': row 4 holds 3, labels must be 0 to 2"):
+        source.columns(blocks, 1)
+
+
 def test_closing_ends_the_thread_though_much_was_still_to_be_read():
     data = small_dataset()
     begun = []

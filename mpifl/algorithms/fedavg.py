@@ -19,6 +19,7 @@ from torch import Tensor
 from mpifl.config import UserError
 from mpifl.model import Model
 from mpifl.optim import Optimizer, sgd
+from mpifl.schedule import LARGEST
 from mpifl.tree import Tree, tree_map
 from mpifl.work import Algorithm, Batching, Client, ClientWork, Cohort, Upload
 
@@ -35,7 +36,7 @@ def fedavg(
 
     mu: strength of FedProx's pull towards theta. weighting: w_i is the client's examples, or 1.
     """
-    if not 0 <= mu < float("inf"):
+    if not 0 <= mu <= LARGEST:
         raise UserError(f"fedavg's mu is {mu}; it must be 0 (FedAvg) or positive (FedProx)")
     train = local_training(model, batches, client_opt, mu, weighting)
 
