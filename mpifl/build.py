@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def find_job(path: str) -> Path:
     places = [asked]
     if asked.parts[:1] == ("jobs",):
         places += [here / "jobs" / asked.name, here.parent / "jobs" / asked.name]
-    found = [place for place in places if place.exists()] or [place for place in places if place.parent.is_dir()]
+    found = [place for place in places if os.path.exists(place)]
+    found = found or [place for place in places if os.path.isdir(place.parent)]
     return found[0] if found else asked
 
 
@@ -168,7 +170,7 @@ def _dataset(job: Job) -> Any:
         return MemoryDataset(dataset)
     if path == "digits":
         return Dataset(embedded("digits"))
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         how = job.data.made_by or "python -m data_prep NAME (--help lists them)"
         raise UserError(f"data.path is '{path}', and there is no such folder; make it with: {how}")
     return Dataset(path)

@@ -37,13 +37,15 @@ _SUMMED = (
 def refuse_taken(path: Path, known: tuple[str, ...] = ()) -> None:
     """Raise UserError when there is something at `path` already, beside what has one of the `known` names."""
     known = ("lock", "status", *known)  # what a start leaves that ended before it began
-    if path.exists() and not (path.is_dir() and all(any(p.match(name) for name in known) for p in path.iterdir())):
+    if os.path.exists(path) and not (
+        path.is_dir() and all(any(p.match(name) for name in known) for p in path.iterdir())
+    ):
         raise UserError(f"run.out is '{path}', which already exists; remove it or choose another run.out")
 
 
 def seeds_in(base: Path, job: Job) -> tuple[str, ...]:
     """Names that may be in the folder of a job with several seeds: of the runs of an earlier start of it."""
-    runs = list(base.glob("seed-*")) if base.is_dir() and job.run.resume == "auto" else []
+    runs = list(base.glob("seed-*")) if os.path.isdir(base) and job.run.resume == "auto" else []
     return ("seed-*", SUMMARY) if runs and all((run / CONFIG).is_file() for run in runs) else ()
 
 
@@ -58,7 +60,7 @@ class RunFolder:
         self.job, self.path = job, Path(job.run.out) if job.run.out else default_folder(job)
         self.summary: dict[str, Any] | None = None
         self._finished = 0
-        self.old = job.run.resume == "auto" and (self.path / CONFIG).is_file()
+        self.old = job.run.resume == "auto" and os.path.isfile(self.path / CONFIG)
         if self.old:
             self._refuse_another_job()
             self._look_at_summary()
@@ -210,7 +212,7 @@ def default_folder(job: Job) -> Path:
     """runs/NAME-TIME, with a number behind it while that is taken (two runs in one second)."""
     first = candidate = Path("runs") / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
-    while candidate.exists():
+    while os.path.exists(candidate):
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
     return candidate
