@@ -130,7 +130,7 @@ class Soak:
         if done.returncode == 0:
             self.outcomes["was over before it was hit"] += 1
             return
-        self.kills[phase, rank] += 1
+        self.kills[phase.partition("/")[0], rank] += 1
         self._look(out, done)
 
     def _phase(self, out: Path) -> None:
@@ -165,7 +165,10 @@ class Soak:
                     hit.clear()
 
         done = self.run(out, self.random.randint(2, 5), during=kill)
-        self._died(out, done, *(hit or [("", 0)])[0])
+        if hit:
+            self._died(out, done, *hit[0])
+        else:
+            self.outcomes["was over before it was hit"] += 1
 
     def _disk(self, out: Path) -> None:
         """Let the disk be full from some moment on."""
