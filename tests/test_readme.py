@@ -21,7 +21,7 @@ from mpifl.work import Batching
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SLURM_README, SBATCH = ROOT / "slurm" / "README.md", ROOT / "slurm" / "local.sbatch"
+SLURM_README, SBATCH = ROOT / "slurm" / "README.md", sorted((ROOT / "slurm").glob("*.sbatch"))
 
 
 def blocks_and_spans(text):
@@ -53,7 +53,7 @@ def shell_lines():
     """Every line that README and slurm/ give to a shell, and all that stands between backticks there."""
     slurm_blocks, slurm_spans = blocks_and_spans(SLURM_README.read_text(encoding="utf-8"))
     scripts = [body for language, body in BLOCKS + slurm_blocks if language == "sh"]
-    scripts += [SBATCH.read_text(encoding="utf-8")]
+    scripts += [file.read_text(encoding="utf-8") for file in SBATCH]
     return [line for script in scripts for line in script.splitlines()] + SPANS + slurm_spans
 
 

@@ -85,9 +85,7 @@ def _refused(environment, says, **who):
 def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     shutil.copy(ROOT / "mpifl" / "digits.toml", home / "job.toml")
-    # That policy would put all ranks on the first node, as README says.
-    paths = f"{TESTS}{os.pathsep}{ROOT}"
-    settings = {**MPI_SETTINGS, "PRTE_MCA_rmaps_default_mapping_policy": None, "PYTHONPATH": paths}
+    settings = {**MPI_SETTINGS, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
     try:
         cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")), home, settings)  # a short path, for sockets
     except CannotRun as reason:
