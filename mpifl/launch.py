@@ -70,6 +70,7 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
         comm = connect()
         ASKED.listen()
         body(comm, sys.argv[1:] if arguments is None else arguments)
+        comm.leave(0)
         return 0
     except Stopped as stopped:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -77,6 +78,7 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
         if comm.rank == 0 and stopped.requeue and may_requeue():
             refused = requeue()
             print(f"mpifl: Slurm cannot start the job again: {refused}" if refused else "requeued", file=sys.stderr)
+        comm.leave(STATUS)
         return STATUS
     except Elsewhere as failure:
         return failure.status
@@ -125,6 +127,26 @@ def agree(comm: World | Alone, make: Callable[[], T]) -> T:
     return made
 
 
+def outlive(comm: World | Alone, attempt: Callable[[bool], T]) -> T:
+    """Return `attempt(False)`; whenever a rank dies, the others break it off and make `attempt(True)` together."""
+    again = False
+    while True:
+        try:
+            if again:
+                comm.shrink()
+            try:
+                ended: T | Stopped = attempt(again)
+            except Stopped as stopped:
+                ended = stopped
+            comm.all_done()
+            break
+        except comm.losses:
+            again = True
+    if isinstance(ended, Stopped):
+        raise ended
+    return ended
+
+
 def require_same(comm: World | Alone, digests: dict[str, str]) -> None:
     """Raise UserError unless every rank has the same digests, (name -> hex): else they would train different things."""
     for name, text in digests.items():
@@ -162,6 +184,8 @@ def all_or_none(comm: World | Alone, clock: Clock, folder: Path) -> Iterator[Non
     threading.excepthook = lambda raised: _end(comm, clock, report, raised.exc_value)
     try:
         yield
+    except comm.losses:
+        raise
     except BaseException as error:
         _end(comm, clock, report, error)
     finally:

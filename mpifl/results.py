@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,17 @@ class RunFolder:
                 raise UserError(f"run.out is '{self.path}', which another job has just used; {_OTHER}")
             yield
 
-    def past(self, done: int | None) -> list[str]:
+    def past(self, done: int | None, comm: World | Alone) -> list[str]:
         """Lines on the starts before this one, which goes on after so many rounds (None: there is no checkpoint)."""
         if not self.old:
             return []
         died = last_words(self.path)
-        lines = ["an earlier start of this run died; " + died[0], *died[1:]] if died else []
+        first = "a rank of this job died" if comm.lost else "an earlier start of this run died"
+        lines = [f"{first}; {died[0]}", *died[1:]] if died else []
         what = "starting again: there is no checkpoint" if done is None else f"going on after round {done}"
-        return [*lines, f"{what} ({self.path})"]
+        ranks = f"{comm.size} ranks that are" if comm.size > 1 else "rank that is"
+        left = f"with the {ranks} left " if comm.lost else ""
+        return [*lines, f"{what} {left}({self.path})"]
 
     def begin(self, done: int | None) -> list[dict[str, Any]]:
         """Write the job, and forget what came after so many rounds; returns the records of those.
@@ -261,12 +265,15 @@ def _telling(path: Path) -> Iterator[None]:
 def versions(mpi_library: str) -> dict[str, str]:
     """Versions that bits depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "mpi": mpi_library}
-    for package in ("mpifl", "numpy", "h5py", "mpi4py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: _version(package) for package in ("mpifl", "numpy", "h5py", "mpi4py")}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def hardware(device: torch.device) -> str:

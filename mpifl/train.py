@@ -19,29 +19,27 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mpifl.build import find_job
 from mpifl.checkpoint import Checkpoint, Checkpoints, Writer, newest, other_machine, refuse_others
 from mpifl.comm import Alone, World, connect
+from mpifl.conclusion import conclude, finish, over_seeds
 from mpifl.config import Job, load, seconds_of
-from mpifl.console import Console, readable_bytes, score_rows
+from mpifl.console import Console
 from mpifl.dry_run import introduce
 from mpifl.engine.clock import Clock
 from mpifl.faults import Turnout
 from mpifl.fleet import Fleet, serve
 from mpifl.journal import Journal, put_scores
-from mpifl.launch import agree, all_or_none, require_same
-from mpifl.measure import headline
+from mpifl.launch import agree, all_or_none, outlive, require_same
 from mpifl.messages import SAVE, SAVED, Header
 from mpifl.profiling import ProfiledFleet, ProfiledShardedFleet, profiled, report
-from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, seeds_in, versions, write_json
+from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, seeds_in, versions
 from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
 from mpifl.sharded import Follower, ShardedFleet
 from mpifl.stopping import ASKED, Stopped, TimeLimit
 from mpifl.supervise import require_supervisor
-from mpifl.tree import Tree, digest
+from mpifl.tree import Tree
 from mpifl.watchdog import watched
 from mpifl.work import Cohort
 from mpifl.writers import Writers
@@ -61,25 +59,41 @@ def run(
     this process alone even under mpirun. Raises UserError, on every rank, for a job that cannot be run.
     """
     comm = comm or connect()
-    clock = Clock(comm.rank)
-    console = Console(quiet or comm.rank > 0)
+    began = time.perf_counter()
     job = agree(comm, lambda: job if isinstance(job, Job) else _load(job, overrides))
     agree(comm, lambda: require_supervisor(job.run.on_rank_failure) if comm.rank == 0 else None)
+    if job.run.on_rank_failure != "shrink":
+        return _run_seeds(job, comm, quiet, began)
+    agree(comm, comm.expect_losses)
+    if not job.run.out:  # the next start of this command will choose another one
+        out = comm.share(str(default_folder(job)) if comm.rank == 0 else "")
+        job = _with(job, out=out, requeue="never")
+    return outlive(comm, lambda again: _run_seeds(_with(job, resume="auto") if again else job, comm, quiet, began))
+
+
+def _with(job: Job, **settings: Any) -> Job:
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, **settings))
+
+
+def _run_seeds(job: Job, comm: World | Alone, quiet: bool, began: float) -> dict[str, Any] | None:
+    """Run each of a job's seeds, from where an earlier start left it."""
+    clock, console = Clock(comm.rank), Console(quiet or comm.rank > 0)
+    limit = TimeLimit(seconds_of(job.run.time_limit), began)
     if job.seeds == 1:
-        return _run_one(job, comm, clock, console)
+        return _run_one(job, comm, clock, console, limit)
     base, summaries = Path(job.run.out) if job.run.out else default_folder(job), []
     agree(comm, lambda: refuse_taken(base, seeds_in(base, job)) if comm.rank == 0 else None)
     for seed in range(job.seed, job.seed + job.seeds):
-        settings = dataclasses.replace(job.run, out=str(base / f"seed-{seed}"))
-        summaries.append(_run_one(dataclasses.replace(job, seed=seed, seeds=1, run=settings), comm, clock, console))
-    return _over_seeds(summaries, base, console) if comm.rank == 0 else None
+        one = dataclasses.replace(_with(job, out=str(base / f"seed-{seed}")), seed=seed, seeds=1)
+        summaries.append(_run_one(one, comm, clock, console, limit))
+    return over_seeds(summaries, base, console) if comm.rank == 0 else None
 
 
 def _load(job: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Job:
     return load(job if isinstance(job, Mapping) else find_job(str(job)), overrides)
 
 
-def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> dict[str, Any] | None:
+def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console, limit: TimeLimit) -> dict[str, Any] | None:
     began = time.perf_counter()
     clock.enter("start")
     with ExitStack() as open_parts:
@@ -94,14 +108,14 @@ def _run_one(job: Job, comm: World | Alone, clock: Clock, console: Console) -> d
         checkpoint = agree(comm, lambda: newest(comm, path / "checkpoints"))
         dataset, layout = session.parts.dataset.digest, session.host.memory.layout
         agree(comm, lambda: refuse_others(checkpoint, dataset, layout) if checkpoint else None)
-        past = folder.past(checkpoint and checkpoint.rounds) if folder else []
+        past = folder.past(checkpoint and checkpoint.rounds, comm) if folder else []
         records = agree(comm, lambda: folder.begin(checkpoint and checkpoint.rounds) if folder else [])
         if folder:
             console.log_to(path / "log.txt")
         for line in past:
             console.say(line)
         open_parts.callback(writers.close)
-        summary = _train_or_serve(session, folder, path, checkpoint, records, console, began, writers)
+        summary = _train_or_serve(session, folder, path, checkpoint, records, console, began, limit, writers)
     if summary == STOPPED:
         raise Stopped(requeue=job.run.requeue == "auto" and bool(job.run.out))
     return summary
@@ -115,20 +129,21 @@ def _train_or_serve(
     records: list[dict[str, Any]],
     console: Console,
     began: float,
+    limit: TimeLimit,
     writers: Writers,
 ) -> dict[str, Any] | str | None:
     """One rank's part of a run; returns the summary on rank 0, None on others, or STOPPED on all."""
     job, comm, host = session.job, session.comm, session.host
     with (
         all_or_none(comm, host.clock, path),
-        watched(comm, host.clock, path, job.run.stall_timeout),
+        watched(comm, host.clock, path, job.run.stall_timeout, ends_job=not comm.losses),
         comm.using(job.comm.reduce, console.say),
         comm.on_own_cores(job.run.threads),
         profiled(path / "profile", comm, session) as profile,
         ASKED.while_training(),
+        closing(Writer(path / "checkpoints", comm.rank, host.memory)) as writer,
     ):
         fleet = _fleet(session, console, profile is not None)
-        writer = Writer(path / "checkpoints", comm.rank, host.memory)
         host.asked_to_stop = lambda: bool(ASKED.name)
         start = _start(session, fleet, checkpoint)
         if folder is None:
@@ -142,12 +157,11 @@ def _train_or_serve(
         writers.open(path, job)
         totals, saving = Totals(records), Checkpoints(writer, fleet, job.run.save_every, job.run.keep)
         journal = Journal(folder, totals, console, job.rounds, host.clock, comm.size > 1, writers)
-        limit = TimeLimit(seconds_of(job.run.time_limit), began)
         state, why = train(session, fleet, journal, saving, limit, start)
         if why:
             fleet.stop(early=True)
         else:
-            summary = _finish(session, fleet, folder, totals, state, began)
+            summary = finish(session, fleet, folder, totals, state, began)
             writers.close(summary)
         if profile:
             report(profile.gather(), fleet.balance, profile.folder, console)
@@ -156,7 +170,7 @@ def _train_or_serve(
             goes_on = f"the same command goes on after round {saving.saved}"
             console.say(f"stopped by {why}: {done}; {goes_on} ({path})")
             return STOPPED
-        _conclude(summary, console)
+        conclude(summary, console)
         return summary
 
 
@@ -208,11 +222,18 @@ def train(
     """Run the rounds; returns the last state, and why that was before the last round ("": it was not)."""
     job, algorithm, clock, console = session.job, session.parts.algorithm, session.host.clock, journal.console
     first, state = start
+    kept = (first, state, dict(fleet.limits))
+
+    def on_record() -> tuple[int, Tree, dict[str, Any], dict[str, Any]]:
+        journal.finish()
+        journal.folder.make_rounds_durable()
+        return (*kept, _about(session))
+
     fleet.meanwhile, by_server = journal.work, session.server_scores
     longest, why = 0.0, ""
     clock.lap()
     lap = time.perf_counter()
-    with console.live(job.rounds), closing(journal):
+    with console.live(job.rounds), closing(journal), saving.rescued(on_record):
         for round in range(first, job.rounds):
             clock.round = round
             clock.enter("sample")
@@ -241,6 +262,7 @@ def train(
             longest = max(longest, lap - before)
             record["seconds"] = clock.lap() | {"total": lap - before}
             journal.add(record)
+            kept = (round + 1, state, dict(fleet.limits))
             clock.enter("checkpoint")
             saving.finish()  # of the round before, written during this one
             why = "" if last else ASKED.name or (fleet.asked_to_stop and "a signal") or limit.reason(longest)
@@ -269,7 +291,7 @@ def _about(session: Session) -> dict[str, Any]:
 
 def _finished_before(folder: RunFolder, console: Console) -> dict[str, Any]:
     console.say(f"{folder.path} holds this job's results already; choose another run.out to run it again")
-    _conclude(folder.summary, console)
+    conclude(folder.summary, console)
     return folder.summary
 
 
@@ -296,85 +318,3 @@ def _record(turnout: Turnout, cohort: Cohort, fleet: Fleet) -> dict[str, Any]:
         "imbalance": traffic.imbalance,
         "host_seconds": traffic.hosts,
     }
-
-
-def _finish(
-    session: Session, fleet: Fleet, folder: RunFolder, totals: Totals, state: Tree, began: float
-) -> dict[str, Any]:
-    """Digests, baselines, models and summary; then the hosts may go."""
-    job, parts = session.job, session.parts
-    seconds = time.perf_counter() - began
-    session.host.clock.enter("finish")
-    memory, resident = fleet.memory_digest(), fleet.resident_bytes
-    baselines = {}
-    if session.baselines:
-        with session.host.clock.booked("baselines"):
-            baselines = session.baselines.run(fleet, session.scorer, session.theta, job.seed)
-    fleet.stop()
-    for name, theta in parts.algorithm.models(state).items():
-        folder.model(name, parts.model.state_dict(theta))
-    summary = {
-        "job": job.name,
-        "seed": job.seed,
-        "digest": digest(state),
-        "memory_digest": memory,
-        "rounds": job.rounds,
-        "seconds": seconds,
-        **totals.summary(),
-        "metrics": list(parts.metrics),
-        "baselines": baselines,
-        "ranks": session.comm.size,
-        "same_bits": session.same_bits,
-        "resident_bytes": resident,
-        "dataset": parts.dataset.digest,
-        "versions": versions(session.comm.library),
-        "hardware": hardware(session.host.device),
-        "out": str(folder.path),
-    }
-    folder.finish(summary)
-    return summary
-
-
-def _conclude(summary: dict[str, Any], console: Console) -> None:
-    """Print the closing table."""
-    rows = score_rows(summary["scores"], "summary.json")
-    metric = headline(summary["metrics"], summary["scores"])
-    rows += [(f"{metric}, {name}", f"{value:.4f}") for name, value in summary["baselines"].items()]
-    phases = sorted(summary["phases"].items(), key=lambda item: -item[1])
-    rows += [
-        ("rounds", f"{summary['rounds']} in {summary['seconds']:.1f} s"),
-        (
-            "rank 0's time",
-            ", ".join(f"{name} {100 * share:.0f} %" for name, share in phases if share >= 0.005),
-        ),
-        (
-            "bytes moved",
-            f"{readable_bytes(summary['bytes_down'])} down, {readable_bytes(summary['bytes_up'])} up",
-        ),
-        ("imbalance", f"{summary['imbalance']:.2f} (busiest host / mean)"),
-        ("digest", summary["digest"]),
-    ]
-    if summary["memory_digest"]:
-        rows.append(("client memory", summary["memory_digest"]))
-    if summary["excluded"]:
-        rows.append(("clients left out", str(summary["excluded"])))
-    if summary["dropped"] or summary["late"] or summary["virtual_seconds"]:
-        rows.append(("virtual time", f"{summary['virtual_seconds']:.1f} s"))
-        rows.append(("dropped, late", f"{summary['dropped']}, {summary['late']} clients"))
-    console.table([*rows, ("results", summary["out"])])
-
-
-def _over_seeds(summaries: list[dict[str, Any]], folder: Path, console: Console) -> dict[str, Any]:
-    """Mean and sample deviation of every score over seeds, printed and written beside the seeds' folders."""
-    metric = headline(summaries[0]["metrics"], summaries[0]["scores"])
-    each = [s["scores"] | {f"{metric}, {name}": value for name, value in s["baselines"].items()} for s in summaries]
-    spread = {}
-    for name in each[0]:
-        values = [scores[name] for scores in each]
-        spread[name] = {"mean": np.mean(values, axis=0).tolist(), "deviation": np.std(values, axis=0, ddof=1).tolist()}
-    numbers = {name: s for name, s in spread.items() if isinstance(s["mean"], float)}
-    rows = [(name, f"{s['mean']:.4f} ± {s['deviation']:.4f}") for name, s in numbers.items()]
-    console.table([(f"{len(summaries)} seeds", "mean ± deviation"), *rows, ("results", str(folder))])
-    summary = {"scores": spread, "seeds": summaries}
-    write_json(folder / "summary.json", summary)
-    return summary

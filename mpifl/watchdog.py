@@ -41,17 +41,20 @@ GONE = "its process is gone"
 
 
 @contextmanager
-def watched(comm: World | Alone, clock: Clock, folder: Path, stall_timeout: float = 0.0) -> Iterator[None]:
+def watched(
+    comm: World | Alone, clock: Clock, folder: Path, stall_timeout: float = 0.0, ends_job: bool = True
+) -> Iterator[None]:
     """Within the block RUN/status tells where this rank is, and a dead or stuck rank ends the job; all ranks at once.
 
-    stall_timeout: seconds (0: none). folder: the run's, which has a folder `status`.
+    stall_timeout: seconds (0: none). folder: the run's, which has a folder `status`. ends_job: else the job outlives
+    its ranks: MPI tells of dead ones, and stuck ones are killed.
     """
     status = folder / "status"
     agree(comm, lambda: _forget(status) if comm.rank == 0 else None)
     with stacks_file(status, comm.rank).open("a") as stacks:
         faulthandler.register(signal.SIGUSR2, stacks, all_threads=True, chain=False)
         clock.attach(_rank_file(status, comm.rank), comm.size)
-        watchdog = Watchdog(comm, clock, folder, stall_timeout, stacks)
+        watchdog = Watchdog(comm, clock, folder, stall_timeout, stacks, ends_job)
         comm.beat = clock.beat
         watchdog.start()
         try:
@@ -81,8 +84,17 @@ def _forget(status: Path) -> None:
 class Watchdog(threading.Thread):
     """The thread; `stop` before the interpreter ends."""
 
-    def __init__(self, comm: World | Alone, clock: Clock, folder: Path, stall_timeout: float, stacks: TextIO) -> None:
+    def __init__(
+        self,
+        comm: World | Alone,
+        clock: Clock,
+        folder: Path,
+        stall_timeout: float,
+        stacks: TextIO,
+        ends_job: bool = True,
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
+        self.ends_job = ends_job
         self.comm, self.clock, self.folder, self.stall_timeout, self.stacks = comm, clock, folder, stall_timeout, stacks
         self.status, self.alarm = folder / "status", folder / "status" / "alarm"
         self.watches = watches(comm.rank, comm.size)
@@ -135,8 +147,8 @@ class Watchdog(threading.Thread):
         silent = self._silence.work[rank]
         if record is not None and record.phase == ENDED:
             return ""
-        if record is not None and record.process.alive is False and silent > GRACE:
-            return GONE
+        if record is not None and record.process.alive is False and (silent > GRACE or not self.ends_job):
+            return GONE if self.ends_job else ""
         if not self.stall_timeout or silent < self.stall_timeout:
             return ""
         if record is None:
@@ -173,14 +185,19 @@ class Watchdog(threading.Thread):
         self._dump()
         if self._stopped.wait(ANSWER):
             return  # the work went on after all, and has ended
-        head = [f"mpifl: {self._why(lost)}; the job ends:"]
+        what = "the job ends" if self.ends_job else "it is killed"
+        head = [f"mpifl: {self._why(lost)}; {what}:"]
         for rank in sorted(lost, key=lambda rank: (-self._silence.work[rank], rank)):
             head.append(f"  {records[rank] or f'rank {rank}'}: {lost[rank]}")
         tail = ["what ranks were doing, the innermost call first:"]
         tail += told_together({rank: main_stack(file, before[rank]) for rank, file in files.items()})
         tail.append(f"stacks of all threads are in {self.status}/stacks-*.txt")
         printed = [*_cut(head, 1 + MOST_RANKS), *_cut(tail, MOST_LINES)]
-        end_job(self.comm, self.folder, "\n".join([*head, *tail]), "\n".join(printed), stuck)
+        if self.ends_job:
+            end_job(self.comm, self.folder, "\n".join([*head, *tail]), "\n".join(printed), stuck)
+        print("\n".join(printed), file=sys.stderr, flush=True)
+        for record in stuck:
+            _send(record, signal.SIGKILL)
 
     def _why(self, lost: dict[int, str]) -> str:
         if GONE in lost.values():

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -70,6 +71,7 @@ class Soak:
         self.kills: Counter[tuple[str, int]] = Counter()
         self.faults: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
+        self.hits = 0
         self.wrong: list[str] = []
         self.digest = ""
 
@@ -103,9 +105,9 @@ class Soak:
     def experiment(self, number: int) -> None:
         """One run, one fault, and starts until it is finished."""
         out = self.folder / f"run-{number:04d}"
-        kind = self.random.choices(KINDS, WEIGHTS)[0]
-        self.faults[kind] += 1
+        kind, before = self.random.choices(KINDS, WEIGHTS)[0], self.hits
         getattr(self, f"_{kind}")(out)
+        self.faults[kind] += self.hits - before
         for _ in range(4):
             done = self.run(out, self.random.randint(2, 5))
             if done.returncode == 0:
@@ -130,6 +132,7 @@ class Soak:
         if done.returncode == 0:
             self.outcomes["was over before it was hit"] += 1
             return
+        self.hits += 1
         self.kills[phase.partition("/")[0], rank] += 1
         self._look(out, done)
 
@@ -173,6 +176,7 @@ class Soak:
     def _disk(self, out: Path) -> None:
         """Let the disk be full from some moment on."""
         size = self.random.choice((150, 250, 400, 700))
+        self.hits += 1
         out.mkdir()
         if os.system(f"mount -t tmpfs -o size={size}k tmpfs {out}"):
             sys.exit("the soak mounts small disks: run it as root")
@@ -202,6 +206,7 @@ class Soak:
         """Damage a shard, see it named, and mend it."""
         files = sorted(self.data.glob("train-*.h5"))
         file = self.random.choice(files)
+        self.hits += 1
         whole = file.read_bytes()
         self._flip(file)
         done = self.run(out, 3)
@@ -246,9 +251,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mpifl-soak-") as folder:
         soak = Soak(Path(folder), options.seed)
         soak.undisturbed()
-        for number in range(options.faults):
+        for number in count():
             soak.experiment(number)
-            print(f"{number + 1:>4} of {options.faults}: {len(soak.wrong)} wrong", flush=True)
+            print(f"{soak.hits:>4} of {options.faults}: {len(soak.wrong)} wrong", flush=True)
+            if soak.hits >= options.faults:
+                break
         soak.report()
         return bool(soak.wrong)
 

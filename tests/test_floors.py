@@ -19,7 +19,18 @@ FLOORS = {
     "fleet": ["comm", "flat", "node", "messages", "fleet", "sharded", "checkpoint"],
     "programs": [
         *("train", "evaluate", "bench.*", "doctor.*", "plan", "build", "console"),
-        *("results", "scoring", "journal", "baselines", "launch", "session", "command_line", "dry_run", "profiling"),
+        *(
+            "results",
+            "scoring",
+            "conclusion",
+            "journal",
+            "baselines",
+            "launch",
+            "session",
+            "command_line",
+            "dry_run",
+            "profiling",
+        ),
         *("stopping", "lock", "watchdog", "supervise", "status", "report", "reporting.*", "writers"),
     ],
 }

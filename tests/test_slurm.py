@@ -37,7 +37,8 @@ needs_slurm = pytest.mark.slurm
 @pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)
 def test_batch_shell_becomes_the_launcher_so_that_signals_reach_it(file):
     lines = [line for line in file.read_text().replace("\\\n", " ").splitlines() if line and line[0] != "#"]
-    assert re.match(r"exec (srun|mpirun) .*python -m mpifl\.train ", re.sub(" +", " ", lines[-1]))
+    launcher = r"exec (python -m mpifl\.supervise )?(srun|mpirun) "
+    assert re.match(launcher + r".*python -m mpifl\.train ", re.sub(" +", " ", lines[-1]))
     assert subprocess.run(["bash", "-n", file]).returncode == 0
 
 
@@ -223,7 +224,7 @@ def assert_it_went_on(job, undisturbed):
 
 
 @needs_slurm
-@pytest.mark.parametrize("name, options", [("requeue", ()), ("mpirun", ("--nodes=2",))])
+@pytest.mark.parametrize("name, options", [("requeue", ()), ("mpirun", ("--nodes=2",)), ("restart", ("--nodes=1",))])
 def test_signal_to_the_batch_shell_alone_ends_the_round_and_requeues(cluster, held, undisturbed, name, options):
     job = held(name, 1, options=options)
     job.wait_for_rounds(2)
@@ -262,6 +263,19 @@ def test_job_of_which_a_rank_was_killed_goes_on_when_it_is_requeued(cluster, hel
     job.wait_until(lambda: job.shown("JobState") != "FAILED", "requeued")
     assert job.wait_to_end() == "COMPLETED"
     assert int(re.search(r"going on after round (\d+)", job.log)[1]) >= 2
+    assert job.rounds() == list(range(1, ROUNDS + 1))
+    assert job.summary()["digest"] == undisturbed
+
+
+@needs_slurm
+def test_supervised_job_of_which_a_rank_was_killed_goes_on_by_itself(held, undisturbed):
+    job = held("restart", 1, "run.save_every=1", options=("--nodes=1",))
+    job.wait_until(lambda: 2 in job.checkpoints(), "at a checkpoint after round 2")
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    job.go_on()
+    assert job.wait_to_end() == "COMPLETED"
+    assert int(re.search(r"starting it again after round (\d+)", job.log)[1]) >= 2
+    assert job.shown("Restarts") == "0"
     assert job.rounds() == list(range(1, ROUNDS + 1))
     assert job.summary()["digest"] == undisturbed
 
