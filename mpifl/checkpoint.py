@@ -21,7 +21,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -289,7 +289,8 @@ class Checkpoints:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint, its mark first, so that what a kill leaves of it is none."""
-    (checkpoint / MARK).unlink(missing_ok=True)
+    with suppress(OSError):
+        (checkpoint / MARK).unlink()
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

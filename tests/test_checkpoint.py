@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import zlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,22 +46,34 @@ def rounds_kept(out):
     return [found.rounds for found in complete(out / "checkpoints")]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Results of an algorithm's four rounds at once: `whole(algorithm)`, in one process."""
+
+    @cache
+    def whole(algorithm):
+        out = tmp_path_factory.mktemp("whole") / algorithm
+        mpifl.run(table(algorithm, out), comm=Alone())
+        return results(out)
+
+    return whole
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_rounds_one_by_one_are_the_rounds_at_once(algorithm, tmp_path, monkeypatch):
-    mpifl.run(table(algorithm, tmp_path / "whole"))
+def test_rounds_one_by_one_are_the_rounds_at_once(algorithm, whole, tmp_path, monkeypatch):
     parts = table(algorithm, tmp_path / "parts")
     for done in (1, 2, 3):
         one_round(parts, monkeypatch)
         assert rounds_kept(tmp_path / "parts")[0] == done
     summary = mpifl.run(parts)
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
-    assert summary["examples"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["examples"]
+    assert results(tmp_path / "parts") == whole(algorithm)
+    assert summary["examples"] == sum(of_round["examples"] for of_round in whole(algorithm)["rounds"])
     assert "going on after round 3 " in (tmp_path / "parts" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.mpi(ranks=n, timeout=60)) for n in (2, 3, 5)])
 @pytest.mark.parametrize("algorithm, reduce", [("scaffold", "node"), ("hypcluster", "flat"), ("scaffold", "sharded")])
-def test_goes_on_with_another_number_of_ranks(algorithm, reduce, ranks, tmp_path, monkeypatch):
+def test_goes_on_with_another_number_of_ranks(algorithm, reduce, ranks, whole, tmp_path, monkeypatch):
     parts = table(algorithm, tmp_path / "parts", comm={"reduce": reduce}, run={"scored_by": "server"})
     one_round(parts, monkeypatch)
     here = (tmp_path / "parts" / "config.toml").exists()  # on rank 0
@@ -69,8 +82,7 @@ def test_goes_on_with_another_number_of_ranks(algorithm, reduce, ranks, tmp_path
     summary = mpifl.run(parts)
     if here:
         assert summary["ranks"] == ranks
-        mpifl.run(table(algorithm, tmp_path / "whole"), comm=Alone())
-        assert results(tmp_path / "parts") == results(tmp_path / "whole")
+        assert results(tmp_path / "parts") == whole(algorithm)
 
 
 @pytest.mark.parametrize("ranks, more", [(3, 5), (4, None)])
@@ -91,17 +103,36 @@ def test_killed_in_training_and_started_again_is_undisturbed(launch, tmp_path, r
     assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
-def stopped_after_two(algorithm, out, monkeypatch, **changes):
-    parts = table(algorithm, out, **changes)
-    for _ in range(2):
-        one_round(parts, monkeypatch)
-    return parts
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    """The folder of an algorithm's run that was stopped twice, after a round each: `two_rounds(algorithm)`."""
+
+    @cache
+    def two_rounds(algorithm):
+        out = tmp_path_factory.mktemp("stopped") / algorithm
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for _ in range(2):
+                one_round(table(algorithm, out), monkeypatch)
+        return out
+
+    return two_rounds
+
+
+@pytest.fixture
+def stopped_after_two(two_rounds):
+    """Have a copy of such a run at `out`: `stopped_after_two(algorithm, out)` -> the job that goes on with it."""
+
+    def stopped_after_two(algorithm, out):
+        shutil.copytree(two_rounds(algorithm), out)
+        return table(algorithm, out)
+
+    return stopped_after_two
 
 
 @pytest.mark.parametrize("file", ["server.safetensors", "memory-00000.safetensors", "run.json", "COMPLETE"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, how, tmp_path, monkeypatch, capsys):
-    parts = stopped_after_two("scaffold", tmp_path / "parts", monkeypatch)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, how, whole, tmp_path, stopped_after_two, capsys):
+    parts = stopped_after_two("scaffold", tmp_path / "parts")
     path = tmp_path / "parts" / "checkpoints" / "round-00000002" / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -114,8 +145,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, how, tmp_
     assert "going on after round 1 " in (tmp_path / "parts" / "log.txt").read_text() or file == "COMPLETE"
     if file != "COMPLETE":
         assert f"round-00000002 is damaged: {file}" in capsys.readouterr().err
-    mpifl.run(table("scaffold", tmp_path / "whole"))
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert results(tmp_path / "parts") == whole("scaffold")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +159,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, how, tmp_
         {"row": None},
     ],
 )
-def test_a_run_json_that_does_not_say_what_it_must_is_damage(change, tmp_path, monkeypatch, capsys):
-    parts = stopped_after_two("fedavg", tmp_path / "parts", monkeypatch)
+def test_a_run_json_that_does_not_say_what_it_must_is_damage(change, whole, tmp_path, stopped_after_two, capsys):
+    parts = stopped_after_two("fedavg", tmp_path / "parts")
     folder = tmp_path / "parts" / "checkpoints" / "round-00000002"
     text = json.dumps(json.loads((folder / "run.json").read_text()) | change).encode()
     (folder / "run.json").write_bytes(text)
@@ -138,12 +168,11 @@ def test_a_run_json_that_does_not_say_what_it_must_is_damage(change, tmp_path, m
     (folder / "COMPLETE").write_text(json.dumps(mark | {"run.json": [len(text), zlib.crc32(text)]}))
     mpifl.run(parts)
     assert "round-00000002 is damaged: run.json: " in capsys.readouterr().err
-    mpifl.run(table("fedavg", tmp_path / "whole"))
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert results(tmp_path / "parts") == whole("fedavg")
 
 
-def test_a_state_of_another_layout_is_refused(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "parts", monkeypatch)
+def test_a_state_of_another_layout_is_refused(tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedavg", tmp_path / "parts")
     found = newest(Alone(), tmp_path / "parts" / "checkpoints")
     (size,) = found.server(like={})["theta"].shape
     with pytest.raises(UserError, match=r"holds another state of the server than this program's \(control, theta\)"):
@@ -151,8 +180,8 @@ def test_a_state_of_another_layout_is_refused(tmp_path, monkeypatch):
     assert parts
 
 
-def test_no_whole_checkpoint_is_an_error_that_says_so_and_changes_nothing(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "parts", monkeypatch)
+def test_no_whole_checkpoint_is_an_error_that_says_so_and_changes_nothing(tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedavg", tmp_path / "parts")
     for path in tmp_path.glob("parts/checkpoints/*/server.safetensors"):
         path.write_bytes(b"")
     before = (tmp_path / "parts" / "metrics.jsonl").read_text()
@@ -227,8 +256,8 @@ def test_a_finished_run_is_told_of_and_may_be_given_more_rounds(tmp_path, capsys
         ({"run": {"resume": "never"}}, "already exists"),
     ],
 )
-def test_another_job_is_refused_with_what_differs(changes, says, tmp_path, monkeypatch):
-    parts = stopped_after_two("fedprox", tmp_path / "out", monkeypatch)
+def test_another_job_is_refused_with_what_differs(changes, says, tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedprox", tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     settings = parts["run"] | changes.get("run", {})
     with pytest.raises(UserError, match=re.escape(says)):
@@ -236,8 +265,8 @@ def test_another_job_is_refused_with_what_differs(changes, says, tmp_path, monke
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_harmless_changes_and_the_same_data_elsewhere_go_on(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "out", monkeypatch)
+def test_harmless_changes_and_the_same_data_elsewhere_go_on(tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedavg", tmp_path / "out")
     changes = {"comm": {"reduce": "flat"}, "data": parts["data"] | {"cache_mb": 1}, "name": "other"}
     mpifl.run(parts | changes | {"run": parts["run"] | {"eval_every": 2, "memory_mb": 1}})
     mpifl.run(table("fedavg", tmp_path / "whole"))
@@ -245,26 +274,25 @@ def test_harmless_changes_and_the_same_data_elsewhere_go_on(tmp_path, monkeypatc
     assert (found["digest"], found["scores"]) == (whole["digest"], whole["scores"])
 
 
-def test_another_dataset_is_refused(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "out", monkeypatch)
+def test_another_dataset_is_refused(tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedavg", tmp_path / "out")
     with pytest.raises(UserError, match="was made with another dataset"):
         mpifl.run(parts | {"data": {"path": "parts:many_clients"}, "model": parts["model"]})
 
 
-def test_another_machine_is_said(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "out", monkeypatch)
+def test_another_machine_is_said(tmp_path, stopped_after_two, monkeypatch):
+    parts = stopped_after_two("fedavg", tmp_path / "out")
     monkeypatch.setattr("mpifl.train.hardware", lambda device: "Abacus 3000")
     mpifl.run(parts)
     said = (tmp_path / "out" / "log.txt").read_text()
     assert re.search(r"another machine than before \(processor .*, now Abacus 3000\): the last bits may differ", said)
 
 
-def test_an_unfinished_run_without_checkpoint_starts_again(tmp_path, monkeypatch):
-    parts = stopped_after_two("fedavg", tmp_path / "out", monkeypatch)
+def test_an_unfinished_run_without_checkpoint_starts_again(whole, tmp_path, stopped_after_two):
+    parts = stopped_after_two("fedavg", tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     mpifl.run(parts)
-    mpifl.run(table("fedavg", tmp_path / "whole"))
-    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    assert results(tmp_path / "out") == whole("fedavg")
 
 
 def test_seeds_go_on_each_by_itself(tmp_path, monkeypatch):
@@ -299,8 +327,8 @@ def test_the_files_are_safetensors_as_others_read_them(dtype, tmp_path):
     assert written.bytes == (tmp_path / "x").stat().st_size
 
 
-def test_only_what_is_marked_complete_is_a_checkpoint(tmp_path, monkeypatch):
-    stopped_after_two("fedavg", tmp_path / "out", monkeypatch)
+def test_only_what_is_marked_complete_is_a_checkpoint(tmp_path, stopped_after_two):
+    stopped_after_two("fedavg", tmp_path / "out")
     folder = tmp_path / "out" / "checkpoints"
     shutil.copytree(folder / "round-00000002", folder / ".round-00000003.part")
     shutil.copytree(folder / "round-00000002", folder / "round-00000004")

@@ -47,10 +47,10 @@ def moves(theta, C):
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("server_lr", [0.7, 1.0, 1.3])
-def test_fedavg_stalls_at_its_fixed_point_for_every_server_lr(server_lr, weighting):
+@pytest.mark.parametrize("server_lr, rounds", [(0.7, 34), (1.0, 23), (1.3, 15)])
+def test_fedavg_stalls_at_its_fixed_point_for_every_server_lr(server_lr, rounds, weighting):
     algorithm = fedavg(MODEL, BATCHES, sgd(LR), sgd(server_lr), weighting=weighting)
-    run = simulate(algorithm, BENCH.dataset, 40)
+    run = simulate(algorithm, BENCH.dataset, rounds)
     p = BENCH.p(weighting)
     stall, optimum = BENCH.fixed_point(BENCH.drift(), p), BENCH.optimum(p)
     close(run.theta, stall)
@@ -130,7 +130,7 @@ def test_fedprox_with_one_step_is_fedavg_to_the_bit_as_the_pull_is_zero_at_theta
 
 @pytest.mark.parametrize("mu", [0.1, 1.0])
 def test_fedprox_stalls_at_its_own_fixed_point(mu):
-    run = simulate(fedavg(MODEL, BATCHES, sgd(LR), mu=mu), BENCH.dataset, 60)
+    run = simulate(fedavg(MODEL, BATCHES, sgd(LR), mu=mu), BENCH.dataset, 28)
     stall = BENCH.fixed_point(BENCH.drift(mu=mu), BENCH.p())
     close(run.theta, stall)
     assert np.linalg.norm(stall - BENCH.fixed_point(BENCH.drift(), BENCH.p())) > 0.01
@@ -195,14 +195,13 @@ def at_optimum(run, weighting):
     return np.allclose(run.theta, BENCH.optimum(BENCH.p(weighting)), atol=1e-5)
 
 
-@pytest.mark.parametrize("cohort", [0, 3])
+@pytest.mark.parametrize("cohort, rounds", [(0, 20), (3, 60)])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_scaffold_reaches_the_joint_optimum_and_keeps_its_invariant_every_round(weighting, cohort):
+def test_scaffold_reaches_the_joint_optimum_and_keeps_its_invariant_every_round(weighting, cohort, rounds):
     run = Simulation(scaffold(MODEL, BATCHES, constant(LR), weighting=weighting), BENCH.dataset, cohort=cohort)
-    for _ in range(20):
+    for _ in range(rounds):
         assert controls_agree(run.run(), weighting)
-    run.run(50)
-    assert at_optimum(run, weighting) and controls_agree(run, weighting)
+    assert at_optimum(run, weighting)
     close(run.state["control"], 0, 1e-5)
     expected = BENCH.gradients(BENCH.optimum(BENCH.p(weighting)))
     expected[2] = 0  # the empty client never took part
@@ -284,7 +283,7 @@ def test_a_broken_scaffold_misses_the_optimum_or_diverges(breaking):
     run = Simulation(scaffold(MODEL, BATCHES, constant(LR)), BENCH.dataset, cohort=3, check=False)
     run.host.works = (breaking(run.host.works[0]),)
     try:
-        run.run(80)
+        run.run(60)
     except UserError as error:
         assert "NaN or infinite" in str(error)  # it diverged
     else:
@@ -296,7 +295,7 @@ def test_a_broken_scaffold_misses_the_optimum_or_diverges(breaking):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_mime_reaches_the_joint_optimum(weighting):
-    run = simulate(mime(MODEL, BATCHES, sgd(LR), weighting=weighting), BENCH.dataset, 40)
+    run = simulate(mime(MODEL, BATCHES, sgd(LR), weighting=weighting), BENCH.dataset, 18)
     assert at_optimum(run, weighting)
 
 
@@ -391,7 +390,7 @@ def test_hypcluster_with_one_cluster_is_fedavg_to_the_bit():
 def test_clusters_separate_two_groups_and_each_stalls_where_fedavg_would_on_its_members():
     centres = np.asarray([40.0, -40.0, 40.0, 40.0, -40.0, -40.0])[:, None] * np.ones(DIM)
     bench = Bench.make(centres=centres)
-    run = clustered(bench, np.asarray([-np.ones(DIM), np.ones(DIM)]), 40)
+    run = clustered(bench, np.asarray([-np.ones(DIM), np.ones(DIM)]), 28)
     for j, members in enumerate(([1, 4, 5], [0, 3])):
         group = bench.only(members)
         close(run.state["thetas"][j], group.fixed_point(group.drift(), group.p()), 1e-5)
