@@ -195,6 +195,7 @@ class Watchdog(threading.Thread):
         printed = [*_cut(head, 1 + MOST_RANKS), *_cut(tail, MOST_LINES)]
         if self.ends_job:
             end_job(self.comm, self.folder, "\n".join([*head, *tail]), "\n".join(printed), stuck)
+            return
         print("\n".join(printed), file=sys.stderr, flush=True)
         for record in stuck:
             _send(record, signal.SIGKILL)
