@@ -14,8 +14,8 @@ from typing import Any
 from data_prep.text import FIRST, most_frequent
 from data_prep.tff import BUCKET
 from data_prep.workers import cores, ctrl_c_blocked, workers
-from mpifl.launcher import launched_rank
 from mpifl.config import UserError
+from mpifl.launcher import launched_rank
 
 MOST_WORDS = 2**16 - FIRST - 1  # ids are uint16, and one is OOV's
 STACKOVERFLOW = f"{BUCKET}stackoverflow.word_count.tar.bz2"
