@@ -385,8 +385,8 @@ def complete(folder: Path) -> list[Checkpoint]:
     found = []
     for path in folder.glob("round-*"):
         name = re.fullmatch(r"round-(\d{8,})", path.name)
-        try:
-            files = json.loads((path / MARK).read_text(encoding="utf-8"))
+        try:  # a device would be read without end
+            files = json.loads((path / MARK).read_text(encoding="utf-8")) if (path / MARK).is_file() else None
         except (OSError, ValueError):
             continue
         if name and isinstance(files, dict) and {"server.safetensors", "run.json"} <= files.keys() and _sized(files):

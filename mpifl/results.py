@@ -133,6 +133,8 @@ class RunFolder:
 
     def _refuse_another_job(self) -> None:
         try:
+            if (self.path / CONFIG).is_char_device():
+                raise UserError("it is a device")
             there = resolved(load(self.path / CONFIG))
         except UserError as error:
             raise UserError(f"run.out is '{self.path}', whose {CONFIG} cannot be read ({error}); {_OTHER}") from None
@@ -143,6 +145,8 @@ class RunFolder:
 
     def _look_at_summary(self) -> None:
         try:
+            if (self.path / SUMMARY).is_char_device():
+                raise ValueError("it is a device")  # and may be read without end
             summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
             rounds = int(summary["rounds"])
         except FileNotFoundError:

@@ -199,6 +199,12 @@ def launch(tmp_path_factory):
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    """Conversions draw no picture, which takes longer than they do; test_report.py is about pictures."""
+    monkeypatch.setattr("data_prep.report._draw", lambda dataset, split, label, tally, picture: None)
+
+
+@pytest.fixture
 def open_dataset():
     """Open datasets that are closed at the test's end."""
     from mpifl.data.shard import Dataset  # not where tests are only listed or started

@@ -17,6 +17,7 @@ from data_prep.__main__ import main
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset, Feature
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 REAL = os.environ.get("MPIFL_REAL_DATA")
 
 

@@ -13,6 +13,8 @@ from data_prep.__main__ import CONVERTERS, TOOLS, WHERE, _module, main
 from data_prep.writing import write_piece
 from mpifl.data.shard import Dataset, embedded
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 def read(path):
     """Read every client of both splits: train columns per client, and all test rows."""
@@ -132,6 +134,7 @@ def test_a_dataset_whose_picture_cannot_be_written_is_made_all_the_same(source, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.undo()  # of no_picture
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     words = ["--source", str(source), "--clients", "2", "--per-label", "1", "--jobs", "1", "--out", str(tmp_path / "o")]
     assert main(["mnist", *words]) == 0

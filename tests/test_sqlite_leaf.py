@@ -42,6 +42,7 @@ from data_prep.text import CHARACTERS
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 RANDOM = np.random.RandomState(0)
 
 

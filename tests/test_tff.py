@@ -26,6 +26,7 @@ from data_prep.text import CHARACTERS, char_ids, id_table, most_frequent, senten
 from mpifl.config import UserError
 from mpifl.data.shard import Dataset, Feature
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 RANDOM = np.random.RandomState(0)
 OPTIONS = {
     tff_shakespeare: {"length": 80},
