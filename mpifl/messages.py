@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpifl.engine.host import Ask
-from mpifl.tree import Layout, Tree, one_row, tree_map
+from mpifl.tree import Layout, Tree, leaves, one_row, tree_map
 
 STOP, ASK, ROWS, MEMORY, SAVE, SAVED, ROUND, WHOLE, RAISED = range(9)
 NOBODY = np.empty(0, np.int64)
@@ -67,17 +67,22 @@ class Sender:
         down, given = Layout.of(tree), Layout.of(one_row(ask.given))
         text = b"" if (down, given) in self._known else down.to_json() + b"\n" + given.to_json()
         layout = self._known.setdefault((down, given), len(self._known))
-        members, next_members = _by_rank(home, comm.size), _by_rank(home_ahead, comm.size)
-        width, ahead = max(1, *map(len, members)), max(map(len, next_members))  # a row has bytes, if nobody is asked
-        sizes = (len(ask.ids), width, ahead, layout, len(text))
+        places, next_places = _places(home, comm.size), _places(home_ahead, comm.size)
+        width = max(1, places.max(initial=-1) + 1)  # a row has bytes, if nobody is asked
+        ahead = next_places.max(initial=-1) + 1
+        sizes = (len(ask.ids), int(width), int(ahead), layout, len(text))
         Header(command, ask.round, accepted, ask.work, ask.attempt, *sizes).announce(comm)
         if text:
             comm.publish(len(text), lambda room: np.copyto(room, np.frombuffer(text, np.uint8)))
-        row = _table_row(given, width, ahead)
+        row = _table_row(given, int(width), int(ahead))
         table = torch.zeros((comm.size, row.bytes), dtype=torch.uint8)
-        for packed, rows, next_rows in zip(table, members, next_members):
-            own_given = tree_map(lambda leaf, rows=rows: leaf[rows], ask.given)
-            _fill(row.views(packed), ask.ids[rows], ask.ahead[next_rows], own_given)
+        values = {"id": ask.ids, "ahead": ask.ahead} | {f"given.{name}": leaf for name, leaf in leaves(ask.given)}
+        for leaf in row.leaves:
+            column = table[:, leaf.start : leaf.start + leaf.bytes].view(leaf.dtype).view(comm.size, *leaf.shape)
+            if leaf.name in ("id", "ahead"):
+                column.fill_(-1)
+            rank, place = (home_ahead, next_places) if leaf.name == "ahead" else (home, places)
+            column[torch.from_numpy(rank), torch.from_numpy(place)] = torch.as_tensor(values[leaf.name])
         mine = row.empty()
         comm.scatter(table.numpy(), mine.numpy())
         buffer = comm.publish(down.bytes, lambda room: down.pack(tree, torch.from_numpy(room)))
@@ -106,23 +111,17 @@ class Receiver:
         return _own_part(self.comm, header.work, header.round, header.attempt, header.clients, *views)
 
 
-def _by_rank(home: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Positions of each rank's clients, in order."""
-    borders = np.cumsum(np.bincount(home, minlength=ranks))[:-1]
-    return np.split(np.argsort(home, kind="stable"), borders)
+def _places(home: np.ndarray, ranks: int) -> np.ndarray:
+    """Each client's place among those of its rank, (n,) int64, in order."""
+    counts, order, places = np.bincount(home, minlength=ranks), np.argsort(home, kind="stable"), np.empty_like(home)
+    places[order] = np.arange(len(home)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
 
 
 def _table_row(given: Layout, width: int, ahead: int) -> Layout:
     """One rank's row of the table: ids (width,), next round's (ahead,), and what is given to each, (width, ...)."""
     leaves = [(f"given.{g.name}", g.dtype, (width, *g.shape)) for g in given.leaves]
     return Layout.place([*leaves, ("id", torch.int64, (width,)), ("ahead", torch.int64, (ahead,))])
-
-
-def _fill(row: Tree, ids: np.ndarray, ahead: np.ndarray, given: Tree) -> None:
-    for name, values in (("id", ids), ("ahead", ahead)):
-        row[name].fill_(-1)
-        row[name][: len(values)] = torch.from_numpy(values)
-    tree_map(lambda slots, leaf: slots[: len(ids)].copy_(leaf), row.get("given", {}), given)
 
 
 def _own_part(comm: Any, work: int, round: int, attempt: int, clients: int, row: Tree, down: Tree) -> Ask:

@@ -151,34 +151,47 @@ def test_step_prints_a_table_and_appends_the_same_cases_as_json_lines(two_steps,
 def test_round_prints_a_case_of_each_workload_and_each_cohort(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def noted(job):
+    def noted(job, ranks):
         asked.append(job)
         return here(job)
 
     monkeypatch.setattr(rounds, "trained", noted)
     monkeypatch.setattr(rounds, "SMALL_CLIENTS", 30)
     monkeypatch.setattr(rounds, "COHORTS", (2, 20))
+    monkeypatch.setattr(rounds, "NO_OP_COHORTS", (2, 5))
     only = {name: rounds.WORKLOADS[name]._replace(cohort=2) for name in ("dense", "lstm", "memory")}
     monkeypatch.setattr(rounds, "WORKLOADS", only)
-    arguments = ["round", "--rounds", "2", "--only", *only, "--folder", str(tmp_path / "kept")]
+    arguments = ["round", "--rounds", "2", "--only", *only, "no_op", "--folder", str(tmp_path / "kept")]
     rows, lines = table_and_lines(arguments, tmp_path, capsys)
     assert [line["case"] for line in lines] == [
         "dense, cohort 2",
         "lstm, cohort 2",
         "memory, cohort 2",
         "memory, cohort 20",
+        "no_op, cohort 2",
+        "no_op, cohort 5",
     ]
     assert [(job["cohort"], job["rounds"], job["algorithm"]["batches"]["size"]) for job in asked] == [
         (2, 2, 20),
         (2, 2, 4),
         (2, 2, 4),
         (20, 2, 4),
+        (2, 2, 4),
+        (5, 2, 4),
     ]
     for line in lines[:2]:
         shares = [line[f"percent_{phase}"] for phase in rounds.PHASES]
         assert all(share > 0 for share in shares) and sum(shares) <= 100 and line["examples_per_s"] > 0
-    assert all(line["MB_host"] >= 50 for line in lines[2:]) and len(rows) == 6
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["femnist", "many_small", "speech"]
+    assert all(line["MB_host"] >= 50 for line in lines[2:4]) and len(rows) == 9
+    for line in lines[4:]:
+        assert 0 < line["ms_server"] < line["ms_round"] and line["us_client"] > 0
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "femnist",
+        "many_small",
+        "people_10",
+        "people_4",
+        "speech",
+    ]
 
 
 def test_clients_of_the_rounds_are_of_the_sizes_that_are_said(tmp_path):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from quadratics import MODEL, Bench
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 from mpifl.algorithms.fedavg import fedavg
 from mpifl.algorithms.hypcluster import hypcluster
@@ -14,9 +15,10 @@ from mpifl.algorithms.scaffold import scaffold
 from mpifl.data.batches import batches
 from mpifl.data.shard import Feature
 from mpifl.engine.serial import checked_visit, visit
-from mpifl.engine.together import together, visit_together
+from mpifl.engine.together import loops_refused, together, visit_together
 from mpifl.measure import accuracy, scoring
 from mpifl.model import from_module
+from mpifl.models.lstm import Lstm
 from mpifl.optim import adam, fedadam, momentum, sgd
 from mpifl.rand import as_tensor, dropout, fold
 from mpifl.schedule import constant
@@ -141,6 +143,37 @@ def test_serial_visits_leave_shared_client_and_batches_as_they_were():
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(leaves(tree), leaves(copy)))
     again = checked_visit(work, shared, client, stream)
     assert torch.equal(upload.update["pseudo_grad"], again.update["pseudo_grad"])
+
+
+# --- layers that are written for vmap --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "length"), [(1, 1), (1, 6), (2, 1), (3, 5)])
+def test_an_lstm_gives_each_of_several_clients_the_outputs_and_gradients_of_torchs_own(layers, length):
+    inputs, hidden = 3, 5
+    ours, torchs = Lstm(inputs, hidden, layers), nn.LSTM(inputs, hidden, layers, batch_first=True)
+    assert {name: p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in torchs.named_parameters()}
+    draw = torch.Generator().manual_seed(layers)
+    weights = {n: 0.5 * torch.randn(CLIENTS, *p.shape, generator=draw) for n, p in ours.named_parameters()}
+    x, factors = (torch.randn(CLIENTS, 4, length, size, generator=draw) for size in (inputs, hidden))
+
+    def weighted(weights, x, factors):
+        outputs = functional_call(ours, weights, (x,))
+        return (outputs * factors).sum(), outputs
+
+    with loops_refused(True):
+        found, outputs = vmap(grad(weighted, argnums=(0, 1), has_aux=True))(weights, x, factors)
+    for client in range(CLIENTS):
+        own = {name: leaf[client].clone().requires_grad_() for name, leaf in weights.items()}
+        read = x[client].clone().requires_grad_()
+        expected = functional_call(torchs, own, (read,))[0]
+        (expected * factors[client]).sum().backward()
+        torch.testing.assert_close(outputs[client], expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1][client], read.grad, rtol=1e-5, atol=1e-6)
+        for name, leaf in own.items():
+            torch.testing.assert_close(found[0][name][client], leaf.grad, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(functional_call(ours, own, (read,)), functional_call(torchs, own, (read,))[0])
 
 
 # --- the oracle ------------------------------------------------------------------------------------------

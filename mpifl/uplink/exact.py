@@ -172,7 +172,7 @@ class Accumulator:
         self.peaks = np.zeros(len(wire.names))
         magic = 1.5 * 2.0**52 * spacing(self.limits, self.clients)
         updates = len(wire.update.leaves)
-        self._magic = magic[:updates].tolist()
+        self._magic = torch.from_numpy(magic[:updates]).unbind()
         self._small_magic = np.repeat(magic[updates:], wire.small)
         self._small_starts = np.cumsum([0, *wire.small[:-1]])
         self._parts = update.split([leaf.size for leaf in wire.update.leaves])
@@ -269,14 +269,12 @@ class Accumulator:
                     f"blank data gave {names}: names and shapes must not depend on the data"
                 )
 
-    def _rounded(self, value: Tensor, weight: float, magic: float) -> Tensor:
+    def _rounded(self, value: Tensor, weight: float, magic: Tensor) -> Tensor:
         scratch = self._scratch.get(len(value))
         if scratch is None:
             scratch = self._scratch[len(value)] = torch.empty(len(value), dtype=torch.float64)
-        scratch.copy_(value)
-        if weight != 1.0:
-            scratch.mul_(weight)  # exact: 24 bits times at most 29
-        return scratch.add_(magic).sub_(magic)
+        scratch.copy_(value)  # the product is exact, 24 bits times at most 29: one pass rounds as two would
+        return torch.add(magic, scratch, alpha=weight, out=scratch).sub_(magic)
 
     def report(self, **figures: float) -> None:
         """Fill this rank's row with its peaks and `figures` (names of ROW), and fetch what was summed elsewhere."""
