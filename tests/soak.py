@@ -20,14 +20,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROUNDS, CLIENTS = 6, 24
 PHASES = ("start", "sample", "server", "send", "wait", "receive", "load", "train", "sum", "reduce", "write")
-KINDS = ("moment", "phase", "disk", "checkpoint", "shard")
-WEIGHTS = (35, 45, 7, 8, 5)
+KINDS = {"moment": 35, "phase": 45, "disk": 7, "checkpoint": 8, "shard": 5}
+"""Faults, and how often they come relative to each other."""
 
 
 # --- within the ranks: named by the job as "soak:net" ------------------------------------------------------------
@@ -64,8 +65,8 @@ def _die_at(rank: str, phase: str, times: str) -> None:
 class Soak:
     """Experiments in a folder of their own, and what came of them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, kinds: Sequence[str]) -> None:
+        self.folder, self.random, self.kinds = folder, random.Random(seed), kinds
         self.data = folder / "data"
         shutil.copytree(TESTS.parent / "mpifl" / "data" / "digits", self.data)
         self.kills: Counter[tuple[str, int]] = Counter()
@@ -105,7 +106,7 @@ class Soak:
     def experiment(self, number: int) -> None:
         """One run, one fault, and starts until it is finished."""
         out = self.folder / f"run-{number:04d}"
-        kind, before = self.random.choices(KINDS, WEIGHTS)[0], self.hits
+        kind, before = self.random.choices(self.kinds, [KINDS[kind] for kind in self.kinds])[0], self.hits
         getattr(self, f"_{kind}")(out)
         self.faults[kind] += self.hits - before
         for _ in range(4):
@@ -194,13 +195,13 @@ class Soak:
 
     def _checkpoint(self, out: Path) -> None:
         """Damage a file of the newest checkpoint of a run that was killed."""
-        self._died(out, self.run(out, 3, "1:train:80"), "train", 1)
+        self._died(out, self.run(out, 3, "1:train:40"), "train", 1)
         found = sorted((out / "checkpoints").glob("round-*/COMPLETE"))
         if not found:
             return
         files = [path for path in found[-1].parent.iterdir() if path.stat().st_size]
         self._flip(self.random.choice(files))
-        self.outcomes["checkpoints damaged"] += 1
+        self.hits += 1
 
     def _shard(self, out: Path) -> None:
         """Damage a shard, see it named, and mend it."""
@@ -246,10 +247,11 @@ def main() -> int:
     """Run experiments; returns 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mpifl-soak-") as folder:
-        soak = Soak(Path(folder), options.seed)
+        soak = Soak(Path(folder), options.seed, options.only)
         soak.undisturbed()
         for number in count():
             soak.experiment(number)

@@ -129,9 +129,9 @@ def test_too_little_memory_is_told_in_one_line(refusal, monkeypatch, capsys, err
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("mpifl.session.build", fail)
-    assert refusal(*TINY).startswith("not enough memory (")
-    monkeypatch.undo()
+    with monkeypatch.context() as building:  # undoing all would also leave the test's own folder
+        building.setattr("mpifl.session.build", fail)
+        assert refusal(*TINY).startswith("not enough memory (")
     monkeypatch.setattr("mpifl.train.train", fail)
     assert train.main([*TINY, "run.out=out", "--quiet"]) == 1
     assert capsys.readouterr().err.startswith("mpifl: not enough memory (")
