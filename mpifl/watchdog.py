@@ -181,7 +181,8 @@ class Watchdog(threading.Thread):
         before = {rank: _size(file) for rank, file in files.items()}
         stuck = [record for record in records if record is not None and record.rank in lost]
         for record in stuck:
-            _send(record, signal.SIGUSR2)  # it answers in C, also where its Python is held up
+            if record.rank != self.comm.rank:  # two dumps at once into one file would be mixed up
+                _send(record, signal.SIGUSR2)  # it answers in C, also where its Python is held up
         self._dump()
         if self._stopped.wait(ANSWER):
             return  # the work went on after all, and has ended
