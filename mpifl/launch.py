@@ -24,7 +24,7 @@ from mpifl.comm import Alone, World, connect
 from mpifl.config import UserError, is_of_memory
 from mpifl.engine.clock import Clock
 from mpifl.launcher import launched_rank
-from mpifl.stopping import ASKED, REQUEUED, STATUS, Stopped, Terminated, may_requeue, requeue
+from mpifl.stopping import ASKED, STATUS, Stopped, Terminated, may_requeue, requeue
 
 T = TypeVar("T")
 
@@ -76,14 +76,9 @@ def command(body: Callable[[World | Alone, Sequence[str]], None], arguments: Seq
     except Stopped as stopped:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         comm.arrive()
-        if stopped.requeue:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Slurm ends what it is going to start again
         if comm.rank == 0 and stopped.requeue and may_requeue():
             refused = requeue()
             print(f"mpifl: Slurm cannot start the job again: {refused}" if refused else "requeued", file=sys.stderr)
-            if not refused:  # a batch shell that ends by itself before Slurm ends it may be one that failed
-                sys.stderr.flush()
-                time.sleep(REQUEUED)
         comm.leave(STATUS)
         return STATUS
     except Elsewhere as failure:

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 STATUS = 75
-REQUEUED = 10.0
-"""Seconds in which Slurm ends a job that it will start again."""
 _ECHO = 2.0
 """Seconds within which a signal that comes again is the same one: sent to a group, and passed on by the launcher."""
 _LOOK = 20.0

@@ -124,18 +124,15 @@ class SlurmJob:
 
     def wait_to_end(self, seconds: float = 120) -> str:
         """Its final state, such as COMPLETED; its log is shown if the test fails. Cuts the delay before a new start."""
-
-        fruitless = [float("inf")]  # since when it is shown as ended otherwise, as a job is while it is requeued
+        freed = [float("inf")]
 
         def ended():
-            state, nodes_free = self.shown("JobState"), not self._daemons()
-            if state == "PENDING" and nodes_free and self.shown("Reason") == "BeginTime":
+            state, now = self.shown("JobState"), time.monotonic()
+            freed[0] = float("inf") if self._daemons() else min(freed[0], now)
+            # Not at once: a node counts in seconds and takes no job in the one in which it ended it.
+            if state == "PENDING" and self.shown("Reason") == "BeginTime" and now - freed[0] > 2:
                 self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")  # it may just start
-            if not nodes_free or state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
-                fruitless[0] = float("inf")
-                return False
-            fruitless[0] = min(fruitless[0], time.monotonic())
-            return state == "COMPLETED" or time.monotonic() - fruitless[0] > 5
+            return freed[0] <= now and state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
         self.wait_until(ended, "done", seconds)
         print(self.log)
