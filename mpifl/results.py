@@ -38,9 +38,9 @@ _SUMMED = (
 def refuse_taken(path: Path, known: tuple[str, ...] = ()) -> None:
     """Raise UserError when there is something at `path` already, beside what has one of the `known` names."""
     known = ("lock", "status", *known)  # what a start leaves that ended before it began
-    if os.path.exists(path) and not (
-        path.is_dir() and all(any(p.match(name) for name in known) for p in path.iterdir())
-    ):
+    if not os.path.exists(path):
+        return
+    if not path.is_dir() or not all(any(there.match(name) for name in known) for there in path.iterdir()):
         raise UserError(f"run.out is '{path}', which already exists; remove it or choose another run.out")
 
 

@@ -93,11 +93,7 @@ class TimeLimit:
 
 def slurm_seconds_left(job: str) -> float:
     """Seconds until Slurm ends a job; infinite if it does not, or does not say."""
-    try:
-        said = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return float("inf")
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", said.stdout.strip())
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", _squeue(job, "%L"))
     if not found:
         return float("inf")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
@@ -120,7 +116,13 @@ def may_requeue() -> bool:
     """Whether this is a batch job of Slurm's, which can be started again."""
     if not os.environ.get("SLURM_JOB_ID") or shutil.which("scontrol") is None:
         return False
-    said = subprocess.run(
-        ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%T"], capture_output=True, text=True
-    )
-    return said.stdout.strip() == "RUNNING"
+    return _squeue(os.environ["SLURM_JOB_ID"], "%T") == "RUNNING"
+
+
+def _squeue(job: str, what: str) -> str:
+    """A field that Slurm shows of a job, "" if it does not answer."""
+    try:
+        said = subprocess.run(["squeue", "-h", "-j", job, "-o", what], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout.strip()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mpifl.build import find_job
-from mpifl.checkpoint import Checkpoint, Checkpoints, Writer, newest, other_machine, refuse_others
+from mpifl.checkpoint import Checkpoint, newest, other_machine, refuse_others
 from mpifl.comm import Alone, World, connect
 from mpifl.conclusion import conclude, finish, over_seeds
 from mpifl.config import Job, load, seconds_of
@@ -34,6 +34,7 @@ from mpifl.launch import agree, all_or_none, outlive, require_same
 from mpifl.messages import SAVE, SAVED, Header
 from mpifl.profiling import ProfiledFleet, ProfiledShardedFleet, profiled, report
 from mpifl.results import RunFolder, Totals, default_folder, hardware, refuse_taken, seeds_in, versions
+from mpifl.saving import Checkpoints, Writer
 from mpifl.scoring import score_here, score_state
 from mpifl.session import Session
 from mpifl.sharded import Follower, ShardedFleet
@@ -135,13 +136,13 @@ def _train_or_serve(
     """One rank's part of a run; returns the summary on rank 0, None on others, or STOPPED on all."""
     job, comm, host = session.job, session.comm, session.host
     with (
+        closing(Writer(path / "checkpoints", comm.rank, host.memory)) as writer,  # not waited for when a job is aborted
         all_or_none(comm, host.clock, path),
         watched(comm, host.clock, path, job.run.stall_timeout, ends_job=not comm.losses),
         comm.using(job.comm.reduce, console.say),
         comm.on_own_cores(job.run.threads),
         profiled(path / "profile", comm, session) as profile,
         ASKED.while_training(),
-        closing(Writer(path / "checkpoints", comm.rank, host.memory)) as writer,
     ):
         fleet = _fleet(session, console, profile is not None)
         host.asked_to_stop = lambda: bool(ASKED.name)

@@ -147,8 +147,11 @@ class Watchdog(threading.Thread):
         silent = self._silence.work[rank]
         if record is not None and record.phase == ENDED:
             return ""
-        if record is not None and record.process.alive is False and (silent > GRACE or not self.ends_job):
-            return GONE if self.ends_job else ""
+        if record is not None and record.process.alive is False:
+            if not self.ends_job:
+                return ""  # MPI tells of it
+            if silent > GRACE:
+                return GONE
         if not self.stall_timeout or silent < self.stall_timeout:
             return ""
         if record is None:

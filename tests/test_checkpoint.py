@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from test_same_everywhere import job, results
 
 import mpifl
-from mpifl import checkpoint
-from mpifl.checkpoint import Column, Damaged, complete, newest, write_tensors
+from mpifl import saving
+from mpifl.checkpoint import Damaged, complete, newest
 from mpifl.comm import Alone
 from mpifl.config import UserError
+from mpifl.saving import Column, write_tensors
 from mpifl.stopping import ASKED, Stopped
 
 TESTS = Path(__file__).parent
@@ -199,7 +200,7 @@ def test_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return written(path, columns)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(saving, "write_tensors", full)
     mpifl.run(table("fedavg", tmp_path / "full", run={"save_every": 1, "keep": 9}))
     assert rounds_kept(tmp_path / "full") == [4, 2, 1]
     said = (tmp_path / "full" / "log.txt").read_text()
@@ -317,7 +318,7 @@ def test_warm_start_begins_where_a_plain_module_is(tmp_path):
             mpifl.run(table("fedavg", tmp_path / "no", run={"warm_start": str(wrong)}))
 
 
-@pytest.mark.parametrize("dtype", list(checkpoint._KINDS))
+@pytest.mark.parametrize("dtype", list(saving._KINDS))
 def test_the_files_are_safetensors_as_others_read_them(dtype, tmp_path):
     tensors = {"a.b": torch.arange(6).reshape(2, 3).to(dtype), "scalar": torch.ones((), dtype=dtype)}
     tensors["none"] = torch.zeros((0, 4), dtype=dtype)

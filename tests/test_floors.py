@@ -16,7 +16,7 @@ FLOORS = {
     "contracts": ["work", "model"],
     "catalogue": ["algorithms.*", "uplink.*", "models.*", "measure", "placement", "faults"],
     "one rank": ["data.*", "engine.*"],
-    "fleet": ["comm", "launcher", "flat", "node", "messages", "fleet", "sharded", "checkpoint"],
+    "fleet": ["comm", "launcher", "flat", "node", "messages", "fleet", "sharded", "checkpoint", "saving"],
     "programs": [
         *("train", "evaluate", "bench.*", "doctor.*", "plan", "build", "console"),
         *(

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mpifl import __version__
-from mpifl.checkpoint import Checkpoints, Writer
 from mpifl.comm import Alone, World
 from mpifl.config import load
 from mpifl.console import Console
@@ -25,6 +24,7 @@ from mpifl.fleet import Fleet, serve
 from mpifl.journal import Journal
 from mpifl.launch import agree, all_or_none, command
 from mpifl.results import RunFolder, Totals
+from mpifl.saving import Checkpoints, Writer
 from mpifl.session import Session
 from mpifl.stopping import TimeLimit
 from mpifl.train import train
