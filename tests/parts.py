@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpifl import saving
 from mpifl.algorithms.fedavg import fedavg
 from mpifl.algorithms.scaffold import scaffold
 from mpifl.data.memory import MemoryDataset
@@ -54,6 +55,11 @@ def dataset_of_the_process():
 def dataset_that_stops_rank_1():
     if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
         os.kill(os.getpid(), signal.SIGTERM)
+    return awkward_dataset()
+
+
+def dataset_on_a_slow_disk():
+    saving._make_durable = lambda descriptor: time.sleep(30)
     return awkward_dataset()
 
 

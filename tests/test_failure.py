@@ -99,6 +99,15 @@ def test_nonfinite_update_stops_the_job_naming_client_and_round(launch, tmp_path
     assert "Traceback" not in done.stderr
 
 
+def test_failure_does_not_wait_for_a_checkpoint_that_is_being_written(launch, tmp_path):
+    job = misbehaving(tmp_path, "nan")
+    done = launch(3, "-m", "mpifl.train", job, "data.path=parts:dataset_on_a_slow_disk", "run.save_every=1", env=ENV)
+    assert done.returncode == 1
+    assert "pseudo_grad of client 2 is NaN or infinite" in done.stderr
+    assert seconds_after_start(tmp_path, done) < 10
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [".round-00000001.part"]
+
+
 @pytest.mark.parametrize("ranks", [None, 3])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_ends_the_job_cleanly(launch, tmp_path, ranks, number, status):
