@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _OPEN_MPI_PIECE = 1 << 20
 """Open MPI's Reduce is four times faster in pieces of a megabyte; MPICH's in one call."""
+_OPEN_MPI_SETTLES = 0.2
+"""Seconds after Open MPI's MPI_Init: a message to a rank that is still in there kills it (open-mpi/ompi, #11438)."""
 _NAP = 2e-4
 """Seconds between polls, at most, per rank and core: the more ranks wait for cores, the more a poll costs others."""
 _SHORTEST_NAP, _NAP_SHARE = 1e-5, 1 / 16
@@ -148,6 +150,7 @@ class World:
         _refuse_pmix(MPI.Get_library_version())
         if not MPI.Is_initialized():
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
+            time.sleep(_OPEN_MPI_SETTLES if "Open MPI" in MPI.Get_library_version() else 0.0)
         self._MPI = MPI
         launched = launched_ranks()
         if MPI.COMM_WORLD.size == 1 and launched > 1:
