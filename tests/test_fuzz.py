@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import Fitting, FittingMarks, damage, of_dataset, of_run
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import BASES, TEXTS, JobFile, jobs, toml_lines
 from shard_files import FEATURES, plant
@@ -36,6 +37,8 @@ ROOT, HERE = Path(mpifl.__file__).parent.parent, Path(__file__).parent
 EXPLORED = int(os.environ.get("MPIFL_FUZZ", 0))
 SECONDS = 60 if EXPLORED else 20
 """What takes longer hangs; the slowest mutation takes a third of a second on an idle core."""
+AT_ONCE = 2
+"""Commands that run side by side."""
 
 
 def examples(number):
@@ -69,17 +72,17 @@ class Outcome:
         return self.after.keys() - self.before.keys()
 
 
-class Commands:
-    """Runs command lines by tests/command_server.py, which is started again when one killed it."""
+class Server:
+    """A process of tests/command_server.py, which is started again when a command line killed it."""
 
     def __init__(self, folder):
-        self.folder, self.numbers, self.server, self.files = folder, count(), None, None
+        self.folder, self.process, self.files = folder, None, None
 
     def start(self):
         own = {
             name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI", "MPI", "HYDRA"))
         }
-        self.server = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, HERE / "command_server.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,36 +92,32 @@ class Commands:
             start_new_session=True,
         )
         assert self.answer(60) == "ready\n"
-        self.run(["job.toml"], filled(JobFile(toml_lines(BASES["batched"]).encode())))  # imports the rest
 
     def answer(self, seconds):
-        """The server's next line: "" when it is dead, None when it hangs."""
-        ready, _, _ = select.select([self.server.stdout], [], [], seconds)
-        return self.server.stdout.readline() if ready else None
+        """Its next line: "" when it is dead, None when it hangs."""
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline() if ready else None
 
     def stop(self):
-        if self.server is not None:
+        if self.process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.server.pid, signal.SIGKILL)
-            self.server.wait()
-            self.server.stdin.close()
-            self.server.stdout.close()
-        self.server = None
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+        self.process = None
 
-    def run(self, arguments, fill, fork=False):
+    def run(self, folder, arguments, fill, fork=False):
         """Run a command in a new folder, once `fill` has put into it what is to be there."""
-        if self.server is None:
-            self.start()
-        folder = self.folder / f"job{next(self.numbers)}"
         folder.mkdir()
         fill(folder)
         before = contents(folder)
         request = {"folder": str(folder), "arguments": list(arguments), "fork": fork}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.answer(SECONDS)
         if answer is None:
-            os.kill(self.server.pid, signal.SIGABRT)
-            self.server.wait()
+            os.kill(self.process.pid, signal.SIGABRT)
+            self.process.wait()
         out, err = (Path(f"{folder}.{name}").read_text(errors="replace") for name in ("stdout", "stderr"))
         if not answer:
             self.stop()
@@ -130,6 +129,28 @@ class Commands:
         assert files <= (self.files or files), f"{files} files are open, {self.files} at first"
         self.files = self.files or files
         return outcome
+
+
+class Commands:
+    """Runs command lines, each in a new folder, on as many servers as there are threads that ask."""
+
+    def __init__(self, folder):
+        self.folder, self.numbers, self.idle = folder, count(), []
+
+    def run(self, arguments, fill, fork=False):
+        server = self.idle.pop() if self.idle else Server(self.folder)
+        try:
+            if server.process is None:
+                server.start()
+                first = filled(JobFile(toml_lines(BASES["batched"]).encode()))  # imports the rest
+                server.run(self.folder / f"job{next(self.numbers)}", ["job.toml"], first)
+            return server.run(self.folder / f"job{next(self.numbers)}", arguments, fill, fork)
+        finally:
+            self.idle.append(server)
+
+    def stop(self):
+        for server in self.idle:
+            server.stop()
 
 
 def contents(folder):
@@ -226,6 +247,7 @@ def not_for_here(job):
 
 
 OUT = (("run", "out"), ("data", "stage"))
+harmless_jobs = jobs().filter(lambda job: not not_for_here(job))
 
 # ---- what must hold
 
@@ -302,32 +324,54 @@ def test_all_of_them_are_thousands_of_which_hundreds_work():
     assert sum(mutations) >= 2000 and sum(working) >= 300 and max(messages) >= 40 and LEAST["processes"][0] >= 30
 
 
-def tally_of(mutations, try_one, what):
-    """Try mutations; print what they came to, which must be enough."""
-    tally, (number, working, messages) = Tally(), LEAST[what]
+@contextmanager
+def named(mutation):
+    """Within the block a failure tells of what mutation it is."""
+    try:
+        yield
+    except BaseException as failure:
+        failure.add_note(f"mutation: {mutation!r}")
+        raise
+
+
+def tally_of(mutations, run, judge, what):
+    """Run mutations and judge their outcomes; print what they came to, which must be enough."""
+    tally, (number, working, messages), drawn = Tally(), LEAST[what], []
 
     @examples(number)
     @given(mutations)
     def check(mutation):
-        try_one(tally, mutation)
+        if EXPLORED:  # one by one, so that hypothesis may look for a smaller one
+            judge(tally, mutation, run(mutation))
+        else:
+            drawn.append(mutation)
+
+    def run_named(mutation):
+        with named(mutation):
+            return run(mutation)
 
     check()
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        for mutation, outcome in zip(drawn, threads.map(run_named, drawn)):
+            with named(mutation):
+                judge(tally, mutation, outcome)
     tally.show(what)
     assert tally.ended.total() >= (EXPLORED or number)
-    assert tally.ended["worked"] >= working and len(tally.kinds) >= messages
+    assert EXPLORED or (tally.ended["worked"] >= working and len(tally.kinds) >= messages)
 
 
 # ---- the tests
 
 
 def test_mutated_jobs_train_or_are_refused(commands):
-    def try_one(tally, job):
-        assume(not not_for_here(job))
-        outcome = commands.run(["job.toml", *job.arguments], filled(job))
+    def run(job):
+        return commands.run(["job.toml", *job.arguments], filled(job))
+
+    def judge(tally, job, outcome):
         if tally.judge(outcome) and not {"--help", "--version", "--dry-run"} & set(job.arguments):
             assert_trained(outcome)
 
-    tally_of(jobs(), try_one, "jobs")
+    tally_of(harmless_jobs, run, judge, "jobs")
 
 
 def with_data(name, steps=()):
@@ -350,14 +394,16 @@ def undamaged(commands):
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])
 def test_damaged_datasets_train_to_the_same_bits_or_are_refused(commands, undamaged, storage):
-    def try_one(tally, steps):
-        outcome = commands.run(["job.toml", "--quiet"], with_data(storage, steps))
+    def run(steps):
+        return commands.run(["job.toml", "--quiet"], with_data(storage, steps))
+
+    def judge(tally, steps, outcome):
         if tally.judge(outcome):
             assert_trained(outcome)
             (summary,) = summaries(outcome)
             assert summary["digest"] == undamaged or Fitting(True) in steps
 
-    tally_of(of_dataset, try_one, f"{storage} shards")
+    tally_of(of_dataset, run, judge, f"{storage} shards")
 
 
 ROUNDS, MORE = 2, 3
@@ -388,14 +434,16 @@ def run_before(commands):
 
 
 def test_damaged_runs_go_on_to_the_same_bits_or_are_refused(commands, run_before):
-    def try_one(tally, steps):
-        outcome = commands.run(["job.toml", f"rounds={MORE}", "--quiet"], with_run(run_before[0], steps))
+    def run(steps):
+        return commands.run(["job.toml", f"rounds={MORE}", "--quiet"], with_run(run_before[0], steps))
+
+    def judge(tally, steps, outcome):
         if tally.judge(outcome, own="out"):
             (summary,) = summaries(outcome)
             assert summary["rounds"] == MORE
             assert summary["digest"] == run_before[1] or FittingMarks() in steps
 
-    tally_of(of_run, try_one, "runs to go on with")
+    tally_of(of_run, run, judge, "runs to go on with")
 
 
 def test_thirty_of_them_end_in_the_same_way_as_processes_of_their_own(commands, run_before):
@@ -405,14 +453,17 @@ def test_thirty_of_them_end_in_the_same_way_as_processes_of_their_own(commands, 
         "data": lambda steps: (["job.toml", "--quiet"], with_data("dense", steps)),
         "run": lambda steps: (["job.toml", f"rounds={MORE}", "--quiet"], with_run(run_before[0], steps)),
     }
-    mutations = st.one_of(*(st.tuples(st.just(way), of) for way, of in zip(ways, (jobs(), of_dataset, of_run))))
+    kinds = zip(ways, (harmless_jobs, of_dataset, of_run))
+    mutations = st.one_of(*(st.tuples(st.just(way), of) for way, of in kinds))
 
-    def try_one(tally, mutation):
+    def run(mutation):
         way, what = mutation
-        assume(way != "job" or not not_for_here(what))
-        here, there = (commands.run(*ways[way](what), fork=fork) for fork in (False, True))
+        return [commands.run(*ways[way](what), fork=fork) for fork in (False, True)]
+
+    def judge(tally, mutation, outcomes):
+        here, there = outcomes
         tally.judge(there, own="out")
         assert there.status == here.status
         assert re.sub(r"job\d+", "job", there.err) == re.sub(r"job\d+", "job", here.err)
 
-    tally_of(mutations, try_one, "processes")
+    tally_of(mutations, run, judge, "processes")
