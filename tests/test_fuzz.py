@@ -453,7 +453,8 @@ def test_thirty_of_them_end_in_the_same_way_as_processes_of_their_own(commands, 
         "data": lambda steps: (["job.toml", "--quiet"], with_data("dense", steps)),
         "run": lambda steps: (["job.toml", f"rounds={MORE}", "--quiet"], with_run(run_before[0], steps)),
     }
-    kinds = zip(ways, (harmless_jobs, of_dataset, of_run))
+    one_thread = harmless_jobs.filter(lambda job: "threads" not in repr(job))  # OpenMP's do not outlive a fork
+    kinds = zip(ways, (one_thread, of_dataset, of_run))
     mutations = st.one_of(*(st.tuples(st.just(way), of) for way, of in kinds))
 
     def run(mutation):
