@@ -133,8 +133,6 @@ class RunFolder:
 
     def _refuse_another_job(self) -> None:
         try:
-            if (self.path / CONFIG).is_char_device():
-                raise UserError("it is a device")
             there = resolved(load(self.path / CONFIG))
         except UserError as error:
             raise UserError(f"run.out is '{self.path}', whose {CONFIG} cannot be read ({error}); {_OTHER}") from None
@@ -145,8 +143,8 @@ class RunFolder:
 
     def _look_at_summary(self) -> None:
         try:
-            if (self.path / SUMMARY).is_char_device():
-                raise ValueError("it is a device")  # and may be read without end
+            if os.path.exists(self.path / SUMMARY) and not os.path.isfile(self.path / SUMMARY):
+                raise ValueError("it is no file")  # a device may be read without end
             summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
             rounds = int(summary["rounds"])
         except FileNotFoundError:
@@ -252,7 +250,11 @@ def read_vector(file: Path, model: Model) -> Tensor:
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.name}.part")
     with _telling(path):
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(str(temporary))
+        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
         os.replace(temporary, path)
 
 

@@ -69,6 +69,11 @@ def test_the_folder_holds_what_a_finished_run_leaves(done):
     assert names == files | {"status", "status/rank-00000", "status/stacks-00000.txt", "lock", "lock/00000001"}
 
 
+def test_whoever_may_read_new_files_may_read_the_results(done, tmp_path):
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in done[0].glob("*.*")} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_its_configuration_gives_the_same_job(done):
     assert load(done[0] / "config.toml") == load(train.DEFAULT_JOB, [*OVERRIDES, f"run.out={done[0]}"])
 
