@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mpifl.checkpoint import MARK, complete
+from mpifl.data.newfile import sync
 from mpifl.engine.store import ClientMemory
 from mpifl.fleet import Fleet
 from mpifl.messages import SAVE, SAVED, Header
@@ -102,14 +103,6 @@ def _write_text(path: Path, text: str) -> Written:
 
 def _make_durable(descriptor: int) -> None:
     os.fsync(descriptor)
-
-
-def _make_names_durable(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Writer:
@@ -263,13 +256,13 @@ class Checkpoints:
         folder = self.writer.folder
         part, final = folder / part_name(rounds), folder / folder_name(rounds)
         _remove(final)  # of the same name: not complete, or damaged
-        _make_names_durable(part)
+        sync(part)
         part.rename(final)
-        _make_names_durable(folder)
+        sync(folder)
         unfinished = final / f".{MARK}"
         _write_text(unfinished, json.dumps({name: [w.bytes, w.crc] for name, w in files.items()}, indent=2) + "\n")
         unfinished.rename(final / MARK)
-        _make_names_durable(final)
+        sync(final)
         kept = {checkpoint.path for checkpoint in complete(folder)[: self.keep]} | {final}
         for other in folder.iterdir():
             if other not in kept:
